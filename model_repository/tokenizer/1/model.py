@@ -1,0 +1,72 @@
+"""Tokenizer as a Triton model: TEXT -> INPUT_IDS, ATTENTION_MASK.
+
+Reads assets/tokenizer/tokenizer.json, which torch2onnx.py writes with truncation and
+padding to the fixed length in it, and the tokenizers package from assets/site-packages.
+Both are found beside the model repository: /models and /assets in the container,
+model_repository/ and assets/ in a checkout.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        """Load the tokenizer once and hold it against the config's length."""
+        assets = Path(args["model_repository"]).resolve().parent.parent / "assets"
+        sys.path.insert(0, str(assets / "site-packages"))
+        from tokenizers import Tokenizer  # only now can it be found
+
+        path = assets / "tokenizer" / "tokenizer.json"
+        self.tokenizer = Tokenizer.from_file(str(path))
+        dims = {output["name"]: output["dims"] for output in json.loads(args["model_config"])["output"]}
+        length = int(dims["INPUT_IDS"][0])
+        found = (self.tokenizer.truncation or {}).get("max_length"), (self.tokenizer.padding or {}).get("length")
+        if found != (length, length):
+            raise pb_utils.TritonModelException(
+                f"{path}: expected truncation and padding to {length} as in config.pbtxt, found {found}; run torch2onnx.py"
+            )
+
+    def execute(self, requests):
+        """Tokenise the texts of all requests in one call; a bad request fails alone."""
+        texts, spans, errors = [], [], {}
+        for index, request in enumerate(requests):
+            start = len(texts)
+            try:
+                texts += read_texts(request)
+            except ValueError as error:
+                errors[index] = str(error)
+            spans.append(slice(start, len(texts)))
+        encodings = self.tokenizer.encode_batch(texts)
+        ids = np.array([e.ids for e in encodings], dtype=np.int64)
+        mask = np.array([e.attention_mask for e in encodings], dtype=np.int64)
+        return [
+            failure(errors[index]) if index in errors else answer(ids[span], mask[span])
+            for index, span in enumerate(spans)
+        ]
+
+
+def read_texts(request):
+    """The request's texts, TEXT being bytes [batch, 1]. Raises ValueError if one is not UTF-8."""
+    values = pb_utils.get_input_tensor_by_name(request, "TEXT").as_numpy().reshape(-1)
+    texts = []
+    for row, value in enumerate(values):
+        try:
+            texts.append(value.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"TEXT: expected UTF-8, found {error} in row {row}; encode the text as UTF-8") from None
+    return texts
+
+
+def answer(ids, mask):
+    """Response with int64 [batch, length] ids and mask."""
+    return pb_utils.InferenceResponse([pb_utils.Tensor("INPUT_IDS", ids), pb_utils.Tensor("ATTENTION_MASK", mask)])
+
+
+def failure(message):
+    """Response that carries only an error."""
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message))

@@ -1,0 +1,414 @@
+#!/usr/bin/env python3
+"""Write what results/ holds into the marked blocks of report.md and README.md.
+
+Reads:  results/<model>/quality.json, quality.csv, perf.json.
+Writes: the text between <!-- begin NAME --> and <!-- end NAME --> in report.md and
+        README.md, pictures beside the data they show.
+Run:    ./report.py
+Prints: the table of results. --check writes nothing and fails if a text or picture is
+        not what the data gives.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from PIL import Image
+
+from common import EMBEDDERS, REFERENCE, RESULTS, ROOT, replace_when_done
+
+NOT_MEASURED = "not measured"
+LINES = {"TRT_FP32": "-", "TRT_FP16": "--", "TRT_INT8": "-.", "TRT_BEST": ":"}  # readable in black and white
+SUMMARY_CONCURRENCIES = (1, 8)
+
+
+# --- data ----------------------------------------------------------------------------
+
+
+def load_results(folder):
+    """[{slug, quality, perf}] of every model, real weights first; a missing file is None."""
+    models = []
+    for path in sorted(p for p in folder.iterdir() if p.is_dir()):
+        files = {name: path / f"{name}.json" for name in ("quality", "perf")}
+        data = {name: json.loads(file.read_text()) if file.exists() else None for name, file in files.items()}
+        card = next((record["model"] for record in data.values() if record), None)
+        exports = {record["model"]["reference_sha256"] for record in data.values() if record}
+        if len(exports) > 1:
+            raise SystemExit(
+                f"{path}: expected quality.json and perf.json of one export, found {len(exports)}; run client.py and perf.py"
+            )
+        if card:
+            models.append({"slug": path.name, "folder": path, "card": card} | data)
+    if not models:
+        raise SystemExit(f"{folder}: expected results of at least one model, found none; run ./run.sh")
+    return sorted(models, key=lambda m: m["card"]["weights"] != "real")
+
+
+def title(model):
+    """Name of the model, with a warning where its weights are random."""
+    weights = model["card"]["weights"]
+    return model["card"]["name"] + ("" if weights == "real" else f" (weights: {weights})")
+
+
+def caption(record):
+    """One line: machine, date, code."""
+    e = record["environment"]
+    gpu = e["gpu"] or "no GPU"
+    commit = f"commit {e['commit'][:10]}{' + changes' if e['dirty'] else ''}" if e["commit"] else "no commit"
+    return f"{e['cpu']}, {e['cores']} cores, {e['memory_gib']} GiB, {gpu}; {e['utc'][:10]}; {commit}"
+
+
+def on_cpu(record):
+    """Whether the TensorRT models were executed by ONNX Runtime on a CPU."""
+    return any(
+        "TensorRT" not in engine for suffix, engine in record["server"]["engines"].items() if suffix != REFERENCE
+    )
+
+
+# --- tables --------------------------------------------------------------------------
+
+
+def table(header, rows):
+    """Markdown table; the first column is left aligned, numbers are right aligned."""
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" + " ---: |" * (len(header) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+
+
+def number(value, form):
+    """A number, or "not measured"."""
+    return NOT_MEASURED if value is None else format(value, form)
+
+
+def quality_of(model, suffix):
+    """Averages of one plan; empty where not measured."""
+    return (model["quality"] or {}).get("averages", {}).get(suffix, {})
+
+
+def level_of(model, suffix, concurrency):
+    """The performance row of one embedder at one concurrency; empty where not measured."""
+    rows = (model["perf"] or {}).get("rows", [])
+    return next((r for r in rows if r["embedder"] == suffix and r["concurrency"] == concurrency), {})
+
+
+def block_results(models):
+    """The short table: one row per model and embedder."""
+    parts = []
+    for model in models:
+        record = model["perf"] or model["quality"]
+        rows = []
+        for suffix in EMBEDDERS:
+            quality = quality_of(model, suffix)
+            levels = [level_of(model, suffix, c) for c in SUMMARY_CONCURRENCIES]
+            reference = suffix == REFERENCE
+            rows.append(
+                [
+                    suffix,
+                    record["server"]["engines"][suffix],
+                    "reference"
+                    if reference
+                    else quality.get("error") or number(quality.get("relative_l2_error"), ".2e"),
+                    "reference" if reference else quality.get("error") or number(quality.get("mean_cosine"), ".5f"),
+                    *(level.get("error") or number(level.get("throughput_infer_per_s"), ".1f") for level in levels),
+                    levels[-1].get("error") or number(levels[-1].get("latency_p99_ms"), ".1f"),
+                ]
+            )
+        header = ["embedder", "executed by", "relative L2 error", "mean cosine"]
+        header += [f"infer/s, concurrency {c}" for c in SUMMARY_CONCURRENCIES]
+        header += [f"p99 ms, concurrency {SUMMARY_CONCURRENCIES[-1]}"]
+        parts.append(
+            f"**{title(model)}**, length {model['card']['max_length']}. {caption(record)}\n\n{table(header, rows)}"
+        )
+    if any(on_cpu(m["perf"] or m["quality"]) for m in models):
+        parts.append(
+            "Where the second column says ONNX Runtime, the graph that TensorRT is asked to compile was executed on a "
+            f"CPU: its deviations are those of the arithmetic, its speed says nothing about TensorRT. TensorRT on a GPU: {NOT_MEASURED}."
+        )
+    return "\n\n".join(parts)
+
+
+def block_models(models):
+    """Where each model comes from."""
+    rows = []
+    for model in models:
+        c = model["card"]
+        size = f"{c['parameters'] / 1e6:.1f} M"
+        rows.append(
+            [
+                c["name"],
+                c["source"],
+                c["weights"],
+                c["architecture"],
+                size,
+                c["max_length"],
+                c["num_outputs"],
+                f"{c['max_abs_error_to_torch']:.1e}",
+            ]
+        )
+    header = [
+        "model",
+        "source",
+        "weights",
+        "architecture",
+        "parameters",
+        "length",
+        "outputs per token",
+        "max abs error ONNX Runtime to torch",
+    ]
+    return table(header, rows)
+
+
+def block_environment(models):
+    """Versions and machine of every measurement."""
+    rows = []
+    for model in models:
+        for name in ("quality", "perf"):
+            if model[name]:
+                e, server = model[name]["environment"], model[name]["server"]
+                versions = ", ".join(f"{package} {version}" for package, version in e["packages"].items() if version)
+                rows.append(
+                    [
+                        f"{title(model)}: {name}",
+                        caption(model[name]),
+                        f"Python {e['python']}, {versions}",
+                        f"{server['name']} {server['version']}",
+                        server["protocol"],
+                    ]
+                )
+    return table(["measurement", "machine, date, code", "versions", "server", "protocol"], rows)
+
+
+def block_deviations(models):
+    """Deviations of every plan from the reference, and their distribution."""
+    parts = []
+    for model in models:
+        quality = model["quality"]
+        head = f"### {title(model)}"
+        if not quality:
+            parts.append(f"{head}\n\n{NOT_MEASURED}")
+            continue
+        rows = []
+        for plan, row in quality["averages"].items():
+            engine = quality["server"]["engines"][plan]
+            if "error" in row:
+                rows.append([plan, engine, row["error"], "", "", "", "", ""])
+                continue
+            rows.append(
+                [
+                    plan,
+                    engine,
+                    *(
+                        f"{row[k]:.2e}"
+                        for k in ("max_abs_error", "mean_abs_error", "relative_l2_error", "worst_relative_l2_error")
+                    ),
+                    f"{row['mean_cosine']:.6f}",
+                    f"{row['argmax_flip_share']:.2%}",
+                ]
+            )
+        header = [
+            "plan",
+            "executed by",
+            "max abs",
+            "mean abs",
+            "relative L2",
+            "relative L2, worst text",
+            "mean cosine",
+            "argmax flips",
+        ]
+        texts = quality["texts"]
+        lead = f"{caption(quality)}; {texts['count']} texts ({texts['file']}), averages over texts, real tokens only."
+        picture = f"![Share of texts against relative L2 error, one line per plan]({relative(model, 'quality.png')})"
+        data = f"Data: [quality.csv]({relative(model, 'quality.csv')})"
+        parts.append("\n\n".join([head, lead, table(header, rows), picture, data]))
+    return "\n\n".join(parts)
+
+
+def block_performance(models):
+    """Throughput and latency of every embedder alone."""
+    parts = []
+    for model in models:
+        perf = model["perf"]
+        head = f"### {title(model)}"
+        if not perf:
+            parts.append(f"{head}\n\n{NOT_MEASURED}")
+            continue
+        rows = []
+        for row in perf["rows"]:
+            cells = [row["embedder"], perf["server"]["engines"][row["embedder"]], row["concurrency"]]
+            if "error" in row:
+                rows.append([*cells, row["error"], "", "", "", "", "", "", ""])
+                continue
+            latencies = (f"{row[f'latency_{k}_ms']:.1f}" for k in ("mean", "p50", "p90", "p95", "p99"))
+            server = (f"{row['server_queue_ms']:.1f}", f"{row['server_compute_ms']:.1f}")
+            rows.append(
+                [*cells, f"{row['throughput_infer_per_s']:.1f}", *latencies, *server, f"{row['mean_batch_size']:.2f}"]
+            )
+        header = [
+            "embedder",
+            "executed by",
+            "concurrency",
+            "infer/s",
+            "mean ms",
+            "p50 ms",
+            "p90 ms",
+            "p95 ms",
+            "p99 ms",
+            "queue ms",
+            "compute ms",
+            "mean batch",
+        ]
+        s = perf["settings"]
+        lead = (
+            f"{caption(perf)}; {s['tool']}, {s['protocol']}, batch size {s['batch_size']}, {s['inputs']}, windows of "
+            f"{s['window_requests']} requests, stable within {s['stability_percent']} %{', quick run' if perf['quick'] else ''}."
+        )
+        note = (
+            "**These are speeds of ONNX Runtime on a CPU executing the typed graphs. They allow no conclusion about TensorRT**, "
+            f"whose speed on a GPU is {NOT_MEASURED} here."
+        )
+        parts.append("\n\n".join([head, lead, *([note] if on_cpu(perf) else []), table(header, rows)]))
+    return "\n\n".join(parts)
+
+
+def block_tensorrt(models):
+    """TensorRT on a GPU: the measured ones, or that there is none."""
+    measured = [title(m) for m in models if m["perf"] and not on_cpu(m["perf"])]
+    if measured:
+        return "Measured for: " + ", ".join(measured) + "; see Performance."
+    plans = [suffix for suffix in EMBEDDERS if suffix != REFERENCE]
+    return table(
+        ["plan", "infer/s", "p50 ms", "p99 ms", "deviation on a GPU"], [[p, *[NOT_MEASURED] * 4] for p in plans]
+    )
+
+
+BLOCKS = {
+    "results": block_results,
+    "models": block_models,
+    "environment": block_environment,
+    "deviations": block_deviations,
+    "performance": block_performance,
+    "tensorrt": block_tensorrt,
+}
+
+
+# --- pictures ------------------------------------------------------------------------
+
+
+def relative(model, name):
+    """Path of a result as report.md links it."""
+    return f"results/{model['slug']}/{name}"
+
+
+def draw_deviations(model, path):
+    """Empirical distribution of the relative L2 error over texts, one line per plan."""
+    errors = {plan: [] for plan in LINES}
+    with open(model["folder"] / "quality.csv", newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if row["relative_l2_error"]:
+                errors[row["plan"]].append(float(row["relative_l2_error"]))
+    figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
+    for (plan, style), width in zip(LINES.items(), (2.2, 2.2, 2.2, 2.6), strict=True):
+        values = sorted(errors[plan])
+        exact = sum(v == 0 for v in values)
+        label = f"{plan}: exact for {exact} of {len(values)} texts" if exact else plan
+        positive = values[exact:]
+        shares = [(exact + i + 1) / len(values) for i in range(len(positive))]
+        axes.step(positive, shares, style, where="post", linewidth=width, label=label)
+    axes.set_xscale("log")
+    axes.set(
+        xlabel="relative L2 error of a text's EMBEDDING to the ONNX reference", ylabel="share of texts", ylim=(0, 1.02)
+    )
+    axes.set_title(f"{title(model)}: deviation per text", fontsize=10)
+    axes.grid(which="both", alpha=0.25)
+    axes.legend(fontsize=8)
+    with replace_when_done(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png", metadata={"Description": digest(model)})
+    plt.close(figure)
+
+
+def digest(model):
+    """SHA-256 of the data behind the picture; it is written into the picture."""
+    return hashlib.sha256((model["folder"] / "quality.csv").read_bytes()).hexdigest()
+
+
+def picture_is_current(model, path):
+    """Whether the picture was drawn from the present data."""
+    if not path.exists():
+        return False
+    with Image.open(path) as image:
+        return image.info.get("Description") == digest(model)
+
+
+# --- texts ---------------------------------------------------------------------------
+
+
+def fill_blocks(path, texts):
+    """Content of a Markdown file with its marked blocks replaced; exits on a missing end or an unknown name."""
+
+    def replace(match):
+        name = match[1]
+        if name not in texts:
+            raise SystemExit(f"{path}: expected a block of {', '.join(texts)}, found {name}; correct the marker")
+        return f"<!-- begin {name} -->\n\n{texts[name]}\n\n<!-- end {name} -->"
+
+    content = path.read_text(encoding="utf-8")
+    begins = re.findall(r"<!-- begin (\w+) -->", content)
+    ends = re.findall(r"<!-- end (\w+) -->", content)
+    if not begins or begins != ends:
+        raise SystemExit(
+            f"{path}: expected pairs of <!-- begin NAME --> and <!-- end NAME -->, found {begins} and {ends}; restore the markers"
+        )
+    return re.sub(r"<!-- begin (\w+) -->.*?<!-- end \1 -->", replace, content, flags=re.DOTALL)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a text or picture is out of date")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--report",
+        type=Path,
+        nargs="+",
+        default=[ROOT / "report.md", ROOT / "README.md"],
+        help="files with marked blocks",
+    )
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    models = load_results(args.results)
+    texts = {name: block(models) for name, block in BLOCKS.items()}
+    stale = []
+    for model in models:
+        path = model["folder"] / "quality.png"
+        if model["quality"] and not picture_is_current(model, path):
+            stale.append(path)
+            if not args.check:
+                draw_deviations(model, path)
+    for path in args.report:
+        content = fill_blocks(path, texts)
+        if content != path.read_text(encoding="utf-8"):
+            stale.append(path)
+            if not args.check:
+                with replace_when_done(path) as temporary:
+                    temporary.write_text(content, encoding="utf-8")
+    if args.check and stale:
+        raise SystemExit(
+            f"expected texts and pictures made from {args.results}, found others in {', '.join(map(str, stale))}; run ./report.py"
+        )
+    print(
+        f"{', '.join(p.name for p in args.report)}: as the data in {args.results} gives them"
+        if args.check
+        else texts["results"]
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+#!/usr/bin/env python3
+"""Write and check the configs of the Triton model repository.
+
+Reads:  model_ONNX/1/model.onnx (length and outputs), assets/ for the check.
+Writes: config.pbtxt of the tokenizer, the five embedders and the ensemble.
+Run:    ./repository.py --check --engine onnx
+Prints: "model_repository: 7 models, length 128, 2 outputs, graphs and configs agree"
+
+torch2onnx.py calls write_repository after each export, serve.sh runs --check before each
+start. --engine says what the TensorRT models are served from: onnx (typed graphs, on a
+CPU) or plan (TensorRT plans, on a GPU).
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import onnx
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2 as pb
+
+from common import (
+    ASSETS,
+    ATTENTION_MASK,
+    EMBEDDERS,
+    EMBEDDING,
+    INPUT_IDS,
+    MAX_BATCH_SIZE,
+    REFERENCE,
+    REPOSITORY,
+    ROOT,
+    TEXT,
+    read_json,
+    replace_when_done,
+    sha256,
+)
+
+FIELD_ORDER = (
+    "name",
+    "platform",
+    "backend",
+    "max_batch_size",
+    "input",
+    "output",
+    "dynamic_batching",
+    "instance_group",
+    "ensemble_scheduling",
+)
+COMMENTS = {
+    "max_batch_size": "the largest batch of the plans: --maxShapes of build_trt.sh",
+    "input": "the dims below are those of the export: torch2onnx.py --max-length, --num-outputs",
+}
+DATA_TYPES = {onnx.TensorProto.INT64: pb.TYPE_INT64, onnx.TensorProto.FLOAT: pb.TYPE_FP32}
+
+
+# --- writing -------------------------------------------------------------------------
+
+
+def tensors(config):
+    """Set of (name, data type, dims) of a config's inputs and outputs."""
+    return {(t.name, t.data_type, tuple(t.dims)) for t in (*config.input, *config.output)}
+
+
+def tokenizer_config(length):
+    """TEXT -> INPUT_IDS, ATTENTION_MASK, both int64 [batch, length]."""
+    config = pb.ModelConfig(name="tokenizer", backend="python", max_batch_size=MAX_BATCH_SIZE)
+    config.input.add(name=TEXT, data_type=pb.TYPE_STRING, dims=[1])
+    config.output.add(name=INPUT_IDS, data_type=pb.TYPE_INT64, dims=[length])
+    config.output.add(name=ATTENTION_MASK, data_type=pb.TYPE_INT64, dims=[length])
+    config.dynamic_batching.SetInParent()
+    config.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_CPU)
+    return config
+
+
+def embedder_config(suffix, length, num_outputs):
+    """INPUT_IDS, ATTENTION_MASK -> EMBEDDING float32 [batch, length, outputs]."""
+    platform = "onnxruntime_onnx" if suffix == REFERENCE else "tensorrt_plan"
+    config = pb.ModelConfig(name=EMBEDDERS[suffix], platform=platform, max_batch_size=MAX_BATCH_SIZE)
+    config.input.add(name=INPUT_IDS, data_type=pb.TYPE_INT64, dims=[length])
+    config.input.add(name=ATTENTION_MASK, data_type=pb.TYPE_INT64, dims=[length])
+    config.output.add(name=EMBEDDING, data_type=pb.TYPE_FP32, dims=[length, num_outputs])
+    config.dynamic_batching.SetInParent()
+    config.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_AUTO)
+    return config
+
+
+def ensemble_config(length, num_outputs):
+    """TEXT -> one EMBEDDING_* per embedder, each float32 [batch, length, outputs]."""
+    config = pb.ModelConfig(name="ensemble", platform="ensemble", max_batch_size=MAX_BATCH_SIZE)
+    config.input.add(name=TEXT, data_type=pb.TYPE_STRING, dims=[1])
+    steps = config.ensemble_scheduling.step
+    tokens = {INPUT_IDS: INPUT_IDS, ATTENTION_MASK: ATTENTION_MASK}
+    steps.add(model_name="tokenizer", model_version=-1, input_map={TEXT: TEXT}, output_map=tokens)
+    for suffix, model in EMBEDDERS.items():
+        output = f"{EMBEDDING}_{suffix}"
+        config.output.add(name=output, data_type=pb.TYPE_FP32, dims=[length, num_outputs])
+        steps.add(model_name=model, model_version=-1, input_map=tokens, output_map={EMBEDDING: output})
+    return config
+
+
+def config_text(config):
+    """The config as text protobuf: decided fields only, in one order, comments above them."""
+    lines = []
+    for field in FIELD_ORDER:
+        part = pb.ModelConfig()
+        part.MergeFrom(config)
+        for descriptor, _ in config.ListFields():
+            if descriptor.name != field:
+                part.ClearField(descriptor.name)
+        if part.ListFields():
+            lines += [f"# {COMMENTS[field]}"] if field in COMMENTS else []
+            lines.append(text_format.MessageToString(part).rstrip("\n"))
+    return "\n".join(lines) + "\n"
+
+
+def write_repository(repository, length, num_outputs):
+    """Write the seven configs for this length and number of outputs, and what they need.
+
+    A repository elsewhere also gets the tokenizer's model.py; the project's own has it.
+    """
+    configs = [tokenizer_config(length), ensemble_config(length, num_outputs)]
+    configs += [embedder_config(suffix, length, num_outputs) for suffix in EMBEDDERS]
+    for config in configs:
+        path = repository / config.name / "config.pbtxt"
+        (path.parent / "1").mkdir(parents=True, exist_ok=True)
+        with replace_when_done(path) as temporary:
+            temporary.write_text(config_text(config))
+    code = Path("tokenizer/1/model.py")
+    if repository.resolve() != REPOSITORY:
+        shutil.copyfile(REPOSITORY / code, repository / code)
+
+
+# --- checking ------------------------------------------------------------------------
+
+
+def read_config(path):
+    """Parse a config.pbtxt with Triton's own protobuf; exits where it cannot."""
+    try:
+        return text_format.Parse(path.read_text(), pb.ModelConfig())
+    except OSError as error:
+        raise SystemExit(f"{path}: expected a config, found {error.strerror}; run torch2onnx.py") from None
+    except text_format.ParseError as error:
+        raise SystemExit(f"{path}: expected a Triton config, found {error}; run torch2onnx.py") from None
+
+
+def read_graph(path):
+    """Load an ONNX file; exits where it is missing or broken, with the command that makes it."""
+    remedy = "run torch2onnx.py" if path.parts[-3] == EMBEDDERS[REFERENCE] else "run quantize.py"
+    try:
+        graph = onnx.load(path)
+    except OSError as error:
+        raise SystemExit(f"{path}: expected an ONNX graph, found {error.strerror}; {remedy}") from None
+    except Exception as error:  # protobuf's DecodeError has moved between its versions
+        raise SystemExit(f"{path}: expected an ONNX graph, found a broken file ({error}); {remedy}") from None
+    if not graph.graph.output:
+        raise SystemExit(f"{path}: expected an ONNX graph, found an empty file; {remedy}")
+    return graph
+
+
+def graph_tensors(graph):
+    """Set of (name, Triton data type, dims without the batch) of an ONNX graph."""
+    result = set()
+    for value in (*graph.graph.input, *graph.graph.output):
+        tensor = value.type.tensor_type
+        dims = tuple(d.dim_value for d in tensor.shape.dim)[1:]
+        result.add((value.name, DATA_TYPES.get(tensor.elem_type, pb.TYPE_INVALID), dims))
+    return result
+
+
+def describe(tensor_set):
+    """INPUT_IDS TYPE_INT64 [128], … in a stable order."""
+    return ", ".join(f"{n} {pb.DataType.Name(t)} {list(d)}" for n, t, d in sorted(tensor_set))
+
+
+def check_embedder(repository, suffix, reference_sha256, engine):
+    """One embedder: graph there, whole, of the present export, and like its config."""
+    folder = repository / EMBEDDERS[suffix]
+    graph_path, config_path = folder / "1" / "model.onnx", folder / "config.pbtxt"
+    config = read_config(config_path)
+    graph = read_graph(graph_path)
+    if graph_tensors(graph) != tensors(config):
+        raise SystemExit(
+            f"{config_path}: expected the tensors of {graph_path}, {describe(graph_tensors(graph))}; "
+            f"found {describe(tensors(config))}; run torch2onnx.py, then quantize.py"
+        )
+    made_from = {p.key: p.value for p in graph.metadata_props}.get("reference_sha256") or sha256(graph_path)
+    if made_from != reference_sha256:
+        raise SystemExit(
+            f"{graph_path}: expected a graph made from {repository / EMBEDDERS[REFERENCE]}/1/model.onnx "
+            f"({reference_sha256[:12]}), found one made from {made_from[:12]}; run quantize.py"
+        )
+    plan = folder / "1" / "model.plan"
+    if engine == "plan" and suffix != REFERENCE and not plan.exists():
+        raise SystemExit(f"{plan}: expected a TensorRT plan, found none; run build_trt.sh on the GPU that serves")
+
+
+def check_tokenizer(repository, assets, length):
+    """The exported tokenizer is there and pads and truncates to the configs' length."""
+    path = assets / "tokenizer" / "tokenizer.json"
+    tokenizer = read_json(path, "run torch2onnx.py")
+    padding = (tokenizer.get("padding") or {}).get("strategy")
+    truncation = (tokenizer.get("truncation") or {}).get("max_length")
+    if padding != {"Fixed": length} or truncation != length:
+        raise SystemExit(
+            f"{path}: expected padding and truncation to {length}, the length of "
+            f"{repository / 'tokenizer' / 'config.pbtxt'}; found {padding} and {truncation}; run torch2onnx.py"
+        )
+    if not (assets / "site-packages" / "tokenizers").is_dir():
+        raise SystemExit(f"{assets}/site-packages/tokenizers: expected a folder, found none; run torch2onnx.py")
+
+
+def check_repository(repository, assets, engine):
+    """Exit with the first disagreement between graphs, configs and tokenizer; else a summary."""
+    reference = repository / EMBEDDERS[REFERENCE] / "1" / "model.onnx"
+    graph_outputs = read_graph(reference).graph.output
+    reference_sha256 = sha256(reference)
+    card = read_json(assets / "model.json", "run torch2onnx.py")
+    if card["reference_sha256"] != reference_sha256:
+        raise SystemExit(
+            f"{assets / 'model.json'}: expected the record of {reference} ({reference_sha256[:12]}), "
+            f"found that of {card['reference_sha256'][:12]}; run torch2onnx.py"
+        )
+    for suffix in EMBEDDERS:
+        check_embedder(repository, suffix, reference_sha256, engine)
+    length, num_outputs = (d.dim_value for d in graph_outputs[0].type.tensor_type.shape.dim[1:])
+    for expected in (tokenizer_config(length), ensemble_config(length, num_outputs)):
+        path = repository / expected.name / "config.pbtxt"
+        if tensors(read_config(path)) != tensors(expected):
+            raise SystemExit(
+                f"{path}: expected what {reference} needs, {describe(tensors(expected))}; "
+                f"found {describe(tensors(read_config(path)))}; run torch2onnx.py"
+            )
+    check_tokenizer(repository, assets, length)
+    return f"{repository.name}: {len(EMBEDDERS) + 2} models, length {length}, {num_outputs} outputs"
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repository", type=Path, default=REPOSITORY)
+    parser.add_argument("--assets", type=Path, default=None, help="default: assets/ beside the repository")
+    parser.add_argument("--check", action="store_true", help="check instead of writing")
+    parser.add_argument("--engine", choices=("onnx", "plan"), default="onnx")
+    parser.add_argument("--max-length", type=int, default=128, help="when writing")
+    parser.add_argument("--num-outputs", type=int, default=2, help="when writing")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    if args.check:
+        assets = args.assets or args.repository.resolve().parent / ASSETS.relative_to(ROOT)
+        print(f"{check_repository(args.repository, assets, args.engine)}, graphs and configs agree")
+    else:
+        write_repository(args.repository, args.max_length, args.num_outputs)
+        print(f"{args.repository.name}: configs written")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+#!/usr/bin/env bash
+# Start, stop or look at the Triton server of the model repository.
+# Usage: ./serve.sh start|stop|status|run [options]
+#   start    start in the background, wait until every model is ready
+#   run      the same in the foreground; Ctrl-C stops it
+#   stop     stop the server that was started on this HTTP port
+#   status   say whether it runs; exit 1 if not
+# Options:
+#   --device auto|cpu|gpu     gpu: docker run of the pinned Triton image; cpu: the
+#                             pip-installed Triton (default auto: gpu where there is
+#                             Docker and a GPU)
+#   --model-repository DIR    default model_repository/ beside this script; assets/ is
+#                             expected beside it
+#   --http-port N  --grpc-port N  --metrics-port N      8000, 8001, 8002
+#   --timeout-s N             how long models may load, 300
+# Reads:  the model repository, assets/. Writes: build/serve/<http port>/.
+# Prints: "ready: http 127.0.0.1:8000, grpc 127.0.0.1:8001 (cpu)"
+set -euo pipefail
+
+readonly IMAGE=nvcr.io/nvidia/tritonserver:26.05-py3 # the last Triton with TensorRT 10
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+readonly ROOT
+
+fail() {
+  echo "serve.sh: $1" >&2
+  exit "${2:-1}"
+}
+
+usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+
+parse_args() {
+  command=${1:-}
+  case $command in
+    start | stop | status | run) shift ;;
+    -h | --help) usage && exit 0 ;;
+    *) fail "expected start, stop, status or run, found '$command'; see -h" 2 ;;
+  esac
+  device=auto repository=$ROOT/model_repository
+  http_port=8000 grpc_port=8001 metrics_port=8002 timeout_s=300
+  while [ $# -gt 0 ]; do
+    [ $# -gt 1 ] || fail "$1: expected a value; see -h" 2
+    case $1 in
+      --device) device=$2 ;;
+      --model-repository) repository=$2 ;;
+      --http-port) http_port=$2 ;;
+      --grpc-port) grpc_port=$2 ;;
+      --metrics-port) metrics_port=$2 ;;
+      --timeout-s) timeout_s=$2 ;;
+      *) fail "$1: unknown option; see -h" 2 ;;
+    esac
+    shift 2
+  done
+  local number
+  for number in "$http_port" "$grpc_port" "$metrics_port" "$timeout_s"; do
+    [[ $number =~ ^[0-9]+$ ]] || fail "expected a number, found '$number'; see -h" 2
+  done
+  case $device in
+    auto) device=cpu && has_gpu && device=gpu ;;
+    cpu | gpu) ;;
+    *) fail "--device: expected auto, cpu or gpu, found '$device'" 2 ;;
+  esac
+  state=$ROOT/build/serve/$http_port
+  python=$ROOT/.venv/bin/python
+  [ -x "$python" ] || python=$(command -v python3) || fail "expected python3 on PATH, found none; run ./run.sh"
+}
+
+has_gpu() { nvidia-smi -L >/dev/null 2>&1 && docker info >/dev/null 2>&1; }
+
+# The pid of our own server on this port, or nothing. A pid may be reused by another
+# program, so the start time noted with it has to match too.
+server_pid() {
+  local pid started
+  read -r pid started 2>/dev/null <"$state/server.pid" || return 0
+  [ "$(start_time "$pid")" = "$started" ] && echo "$pid"
+  return 0
+}
+
+start_time() { sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | cut -d' ' -f20; }
+
+check() {
+  local engine=onnx port
+  [ "$device" = cpu ] || engine=plan
+  [ -d "$repository" ] || fail "--model-repository: expected a folder, found none at $repository"
+  repository=$(cd "$repository" && pwd)
+  "$python" "$ROOT/repository.py" --check --engine "$engine" --repository "$repository" || exit 1
+  for port in "$http_port" "$grpc_port" "$metrics_port"; do
+    if (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
+      fail "port $port: expected it free, found a program listening; stop it or choose --http-port, --grpc-port, --metrics-port"
+    fi
+  done
+}
+
+# A backend folder: Triton's own Python backend with the stub of this Python, ours beside it.
+prepare_cpu() {
+  triton=$("$python" -c 'import importlib.util as u; print(u.find_spec("pytriton").submodule_search_locations[0])' 2>/dev/null)/tritonserver ||
+    fail "expected the package nvidia-pytriton in $python, found none; run ./run.sh or pip install -r requirements.txt"
+  local version stub backends=$state/backends
+  version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+  stub=$triton/python_backend_stubs/$version/triton_python_backend_stub
+  [ -e "$stub" ] || fail "expected Python 3.10 to 3.12, found $version; make .venv with one of those"
+  rm -rf "$backends" && mkdir -p "$backends/python"
+  # copies: Triton refuses a backend library that a link leads out of its folder
+  cp "$triton"/backends/python/*.* "$stub" "$backends/python/"
+  cp -r "$ROOT/backends/onnxruntime" "$ROOT/backends/tensorrt" "$backends/"
+  # the stub takes its packages from the python3 on PATH
+  PATH=$(dirname "$python"):$PATH
+  PYTHONPATH=$ROOT
+  export PATH PYTHONPATH LD_LIBRARY_PATH=$triton/../../nvidia_pytriton.libs${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+  server=(
+    "$triton/bin/tritonserver"
+    "--model-repository=$repository"
+    "--backend-directory=$backends"
+    --exit-timeout-secs=5 # an idle keep-alive connection would hold the end up for 30
+    --http-address=127.0.0.1 "--http-port=$http_port"
+    --grpc-address=127.0.0.1 "--grpc-port=$grpc_port"
+    --metrics-address=127.0.0.1 "--metrics-port=$metrics_port"
+  )
+}
+
+prepare_gpu() {
+  has_gpu || fail "--device gpu: expected Docker and an NVIDIA GPU, found neither or one; install both, or use --device cpu"
+  server=(
+    docker run --rm "--name=triton-$http_port" --gpus all --shm-size=1g --ulimit memlock=-1
+    -p "127.0.0.1:$http_port:8000" -p "127.0.0.1:$grpc_port:8001" -p "127.0.0.1:$metrics_port:8002"
+    -v "$repository:/models:ro" -v "$(dirname "$repository")/assets:/assets:ro"
+    "$IMAGE" tritonserver --model-repository=/models
+  )
+}
+
+ready() { "$python" -c 'import sys, urllib.request as r; r.urlopen(sys.argv[1], timeout=5)' "http://127.0.0.1:$http_port/v2/health/ready" 2>/dev/null; }
+
+wait_ready() {
+  local deadline=$((SECONDS + timeout_s))
+  until ready; do
+    if ! kill -0 "$pid" 2>/dev/null || [ "$SECONDS" -ge "$deadline" ]; then
+      echo "--- last lines of $state/server.log" >&2
+      grep -E '^E[0-9]{4}|error:|Error' "$state/server.log" | tail -n 5 >&2 || true
+      tail -n 15 "$state/server.log" >&2
+      fail "expected every model ready within $timeout_s s, found the server stopped or not ready; see the lines above"
+    fi
+    sleep 0.5
+  done
+}
+
+start() {
+  [ -z "$(server_pid)" ] || fail "port $http_port: expected no server, found ours running (pid $(server_pid)); ./serve.sh stop --http-port $http_port"
+  check
+  mkdir -p "$state"
+  "prepare_$device"
+  setsid "${server[@]}" >"$state/server.log" 2>&1 </dev/null &
+  pid=$!
+  trap 'end_server "$pid"; rm -f "$state/server.pid"' EXIT
+  trap 'exit 130' INT
+  trap 'exit 143' TERM
+  echo "$pid $(start_time "$pid")" >"$state/server.pid"
+  wait_ready
+  echo "ready: http 127.0.0.1:$http_port, grpc 127.0.0.1:$grpc_port ($device)"
+}
+
+# Triton ends by itself on SIGTERM; kill only after a while.
+end_server() {
+  kill -TERM "$1" 2>/dev/null || return 0
+  local deadline=$((SECONDS + 30))
+  while kill -0 "$1" 2>/dev/null; do
+    [ "$SECONDS" -lt "$deadline" ] || kill -KILL -- "-$1" 2>/dev/null || kill -KILL "$1" 2>/dev/null || true
+    sleep 0.2
+  done
+}
+
+main() {
+  parse_args "$@"
+  local running
+  running=$(server_pid)
+  case $command in
+    start)
+      start
+      trap - EXIT # it goes on in the background
+      ;;
+    run)
+      start
+      tail -n +1 -f --pid="$pid" "$state/server.log" &
+      wait "$pid"
+      ;;
+    stop)
+      [ -n "$running" ] || { echo "no server of ours on port $http_port"; return 0; }
+      end_server "$running"
+      rm -f "$state/server.pid"
+      echo "stopped: pid $running, port $http_port"
+      ;;
+    status)
+      [ -n "$running" ] || fail "port $http_port: no server of ours runs"
+      ready || fail "port $http_port: pid $running runs and is not ready"
+      echo "ready: pid $running, http 127.0.0.1:$http_port"
+      ;;
+  esac
+}
+
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then main "$@"; fi

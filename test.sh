@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Lint, then test: against the real server with the packaged MiniLM's real weights.
+# Usage: ./test.sh [pytest options]
+# Reads:  the whole project. Writes: .venv/, build/test*/.
+# Prints: ruff's, shellcheck's and pytest's summaries.
+set -euo pipefail
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+readonly ROOT BIN=$ROOT/.venv/bin
+
+main() {
+  case "${1:-}" in -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 0 ;; esac
+  cd "$ROOT"
+  ./install.sh
+  "$BIN/ruff" check .
+  "$BIN/ruff" format --check .
+  "$BIN/shellcheck" ./*.sh .ci/run
+  echo "shellcheck: no findings"
+  "$BIN/python" report.py --check
+  "$BIN/python" -m pytest -ra "$@"
+}
+
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then main "$@"; fi

@@ -1,0 +1,105 @@
+"""report.py: only marked blocks change, stale texts fail, labels are honest."""
+
+import json
+import shutil
+
+import pytest
+from conftest import ROOT, run, succeed
+
+PERF_ROW = {
+    "throughput_infer_per_s": 50.0,
+    "latency_mean_ms": 20.0,
+    "latency_p50_ms": 19.0,
+    "latency_p90_ms": 21.0,
+    "latency_p95_ms": 22.0,
+    "latency_p99_ms": 23.0,
+    "server_queue_ms": 0.1,
+    "server_compute_ms": 18.0,
+    "mean_batch_size": 1.0,
+}
+TEXT = "# Title\n\nprose 12.5\n\n<!-- begin results -->\nold\n<!-- end results -->\n\n<!-- begin performance -->\n<!-- end performance -->\n"
+
+
+@pytest.fixture
+def place(quality, chain, tmp_path):
+    """Results of a real run and a report of one's own."""
+    shutil.copytree(chain.results, tmp_path / "results")
+    (tmp_path / "report.md").write_text(TEXT)
+    return tmp_path
+
+
+def report(place, *options):
+    return run("report.py", "--results", place / "results", "--report", place / "report.md", *options)
+
+
+def test_blocks_are_filled_and_prose_is_kept(place):
+    assert report(place).returncode == 0
+    text = (place / "report.md").read_text()
+    assert text.startswith("# Title\n\nprose 12.5\n") and "old" not in text
+    assert "| TRT_INT8 | ONNX Runtime, CPU |" in text
+    assert "not measured" in text  # there is no perf.json
+
+
+def test_check_passes_on_current_and_fails_on_changed_text_data_or_picture(place):
+    assert report(place, "--check").returncode == 1
+    assert report(place).returncode == 0
+    assert report(place, "--check").returncode == 0
+    text = (place / "report.md").read_text()
+    (place / "report.md").write_text(text.replace("TRT_INT8", "TRT_INT9"))
+    assert report(place, "--check").returncode == 1
+    (place / "report.md").write_text(text)
+    data = place / "results/all-MiniLM-L6-v2/quality.csv"
+    data.write_text(data.read_text() + "more,TRT_INT8,1,1,1,1,1,1,\n")
+    done = report(place, "--check")
+    assert done.returncode == 1 and "quality.png" in done.stderr
+
+
+def test_a_lost_marker_is_an_error(place):
+    (place / "report.md").write_text(TEXT.replace("<!-- end results -->", ""))
+    done = report(place)
+    assert done.returncode == 1 and "restore the markers" in done.stderr
+    assert "old" in (place / "report.md").read_text()
+
+
+def write_perf(place, engines, rows):
+    folder = place / "results/all-MiniLM-L6-v2"
+    quality = json.loads((folder / "quality.json").read_text())
+    record = {key: quality[key] for key in ("model", "environment")}
+    record |= {"server": quality["server"] | {"engines": engines}, "quick": False, "rows": rows}
+    record["settings"] = {
+        "tool": "perf_analyzer",
+        "protocol": "grpc",
+        "stability_percent": 15,
+        "window_requests": 50,
+        "batch_size": 1,
+        "inputs": "texts",
+    }
+    (folder / "perf.json").write_text(json.dumps(record))
+
+
+def test_speeds_of_a_cpu_are_never_shown_as_those_of_tensorrt(place):
+    engines = {s: "ONNX Runtime, CPU" for s in ("ONNX", "TRT_FP32", "TRT_FP16", "TRT_INT8", "TRT_BEST")}
+    rows = [
+        {"embedder": "TRT_FP16", "concurrency": 1, **PERF_ROW},
+        {"embedder": "TRT_INT8", "concurrency": 1, "error": "unstable"},
+    ]
+    write_perf(place, engines, rows)
+    assert report(place).returncode == 0
+    text = (place / "report.md").read_text()
+    assert "no conclusion about TensorRT" in text
+    assert "| TRT_FP16 | ONNX Runtime, CPU | 1 | 50.0 |" in text
+    assert "| TRT_INT8 | ONNX Runtime, CPU | 1 | unstable |" in text
+
+
+def test_measurements_of_two_exports_are_not_put_together(place):
+    write_perf(place, {}, [])
+    path = place / "results/all-MiniLM-L6-v2/perf.json"
+    record = json.loads(path.read_text())
+    record["model"]["reference_sha256"] = "0" * 64
+    path.write_text(json.dumps(record))
+    done = report(place)
+    assert done.returncode == 1 and "one export" in done.stderr
+
+
+def test_committed_report_is_what_the_committed_data_gives():
+    succeed("report.py", "--check", cwd=ROOT)

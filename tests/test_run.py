@@ -1,0 +1,62 @@
+"""run.sh: the README's first command, from a copy of the project to a filled report."""
+
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+from conftest import ROOT, free_ports
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """The project as a clone would have it, with this environment as its .venv."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    for name in filter(None, listed.splitlines()):
+        if (ROOT / name).exists():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, tmp_path / name)
+    (tmp_path / ".venv").symlink_to(ROOT / ".venv")
+    return tmp_path
+
+
+def run_sh(copy, *options):
+    http, grpc, metrics = map(str, free_ports(3))
+    ports = ["--http-port", http, "--grpc-port", grpc, "--metrics-port", metrics]
+    environment = dict(os.environ, HF_HUB_OFFLINE="1", HF_HOME=str(copy / "cache"))
+    command = ["./run.sh", *map(str, options), *ports]
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=900, env=environment)
+    return done, http
+
+
+def test_quick_run_ends_with_a_table_and_an_updated_report(copy):
+    shutil.rmtree(copy / "results")
+    done, http = run_sh(copy, "--quick")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert "WARNING" in done.stdout and "going on with all-MiniLM-L6-v2" in done.stdout
+    assert "| TRT_BEST | ONNX Runtime, CPU |" in done.stdout
+    record = json.loads((copy / "results/all-MiniLM-L6-v2/perf.json").read_text())
+    assert record["quick"] and len(record["rows"]) == 10
+    for name in ("report.md", "README.md"):
+        assert record["environment"]["utc"][:10] in (copy / name).read_text()
+    processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert f"--http-port={http}" not in processes
+
+
+def test_a_failing_step_is_named_with_the_end_of_its_log(copy):
+    done, _ = run_sh(copy, "--model", copy / "nowhere")
+    assert done.returncode == 1
+    assert "step export failed (exit 1)" in done.stderr and "expected a folder with a checkpoint" in done.stderr
+    assert "quantize" not in done.stdout
+
+
+def test_unknown_option_is_bad_usage(copy):
+    done, _ = run_sh(copy, "--fast")
+    assert done.returncode == 2 and "--fast" in done.stderr

