@@ -24,6 +24,7 @@ from common import (
     EMBEDDERS,
     EMBEDDING,
     REFERENCE,
+    REPOSITORY,
     RESULTS,
     TEXT,
     TEXTS,
@@ -36,6 +37,7 @@ from common import (
     spread,
     write_json,
 )
+from repository import check_served_plans
 
 HTTP_URL, GRPC_URL = "127.0.0.1:8000", "127.0.0.1:8001"
 PLANS = [suffix for suffix in EMBEDDERS if suffix != REFERENCE]
@@ -173,6 +175,7 @@ def parse_args():
         "--texts", type=Path, help="one text a line; default: the lines of assets/texts.txt that did not calibrate"
     )
     parser.add_argument("--max-texts", type=int, help="use this many, evenly spread")
+    parser.add_argument("--repository", type=Path, default=REPOSITORY, help="where the served plans' manifests lie")
     parser.add_argument("--assets", type=Path, default=ASSETS)
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -188,6 +191,7 @@ def main():
     texts = read_texts(args.texts) if args.texts else split_texts(read_texts(TEXTS))[1]
     texts = spread(texts, args.max_texts)
     server = read_server(args.url, args.protocol)
+    check_served_plans(args.repository, card["reference_sha256"], server)
     try:
         per_text = [
             check_quality(t, args.url, args.protocol) for t in tqdm(texts, desc="quality", unit="text", mininterval=1)

@@ -209,7 +209,7 @@ def environment_record():
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "gpu": _command("nvidia-smi", "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader"),
+        "gpu": gpu_record(),
         "os": platform.platform(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
@@ -217,6 +217,14 @@ def environment_record():
 
 
 PACKAGES = ("torch", "transformers", "onnx", "onnxruntime-gpu", "nvidia-modelopt", "nvidia-pytriton", "tritonclient")
+
+
+def gpu_record():
+    """Name, compute capability and driver of the first GPU, or None where there is none."""
+    line = _command("nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader")
+    if not line:
+        return None
+    return dict(zip(("name", "compute_capability", "driver"), line.splitlines()[0].split(", "), strict=True))
 
 
 def _command(*argv):

@@ -13,6 +13,7 @@ calibration on real texts, packed so that no padding gets into the statistics.
 
 import argparse
 import contextlib
+import hashlib
 import io
 import logging
 import os
@@ -253,6 +254,7 @@ def main():
             int8 = set() if precision == "FP16" else check_quantization(path, graph, quantizable)
             share = flops_share(int8, shapes)
             properties = {
+                "calibration_sha256": hashlib.sha256(calibration[INPUT_IDS].tobytes()).hexdigest(),
                 "reference_sha256": sha256(reference_path),
                 "precision": precision,
                 "int8_flops_share": f"{share:.4f}",

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write what results/ holds into the marked blocks of report.md and README.md.
 
-Reads:  results/<model>/quality.json, quality.csv, perf.json.
+Reads:  results/<model>/quality.json, quality.csv, perf.json, plans.json, compile.json.
 Writes: the text between <!-- begin NAME --> and <!-- end NAME --> in report.md and
         README.md, pictures beside the data they show.
 Run:    ./report.py
@@ -22,7 +22,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from PIL import Image
 
-from common import EMBEDDERS, REFERENCE, RESULTS, ROOT, replace_when_done
+from common import EMBEDDERS, PRECISIONS, REFERENCE, RESULTS, ROOT, replace_when_done
 
 NOT_MEASURED = "not measured"
 LINES = {"TRT_FP32": "-", "TRT_FP16": "--", "TRT_INT8": "-.", "TRT_BEST": ":"}  # readable in black and white
@@ -33,16 +33,16 @@ SUMMARY_CONCURRENCIES = (1, 8)
 
 
 def load_results(folder):
-    """[{slug, quality, perf}] of every model, real weights first; a missing file is None."""
+    """[{slug, quality, perf, plans, compile}] of every model, real weights first; a missing file is None."""
     models = []
     for path in sorted(p for p in folder.iterdir() if p.is_dir()):
-        files = {name: path / f"{name}.json" for name in ("quality", "perf")}
+        files = {name: path / f"{name}.json" for name in ("quality", "perf", "plans", "compile")}
         data = {name: json.loads(file.read_text()) if file.exists() else None for name, file in files.items()}
         card = next((record["model"] for record in data.values() if record), None)
         exports = {record["model"]["reference_sha256"] for record in data.values() if record}
         if len(exports) > 1:
             raise SystemExit(
-                f"{path}: expected quality.json and perf.json of one export, found {len(exports)}; run client.py and perf.py"
+                f"{path}: expected all files of one export, found {len(exports)}; run client.py, perf.py and compile_check.py again"
             )
         if card:
             models.append({"slug": path.name, "folder": path, "card": card} | data)
@@ -60,7 +60,7 @@ def title(model):
 def caption(record):
     """One line: machine, date, code."""
     e = record["environment"]
-    gpu = e["gpu"] or "no GPU"
+    gpu = f"{e['gpu']['name']}, driver {e['gpu']['driver']}" if e["gpu"] else "no GPU"
     commit = f"commit {e['commit'][:10]}{' + changes' if e['dirty'] else ''}" if e["commit"] else "no commit"
     return f"{e['cpu']}, {e['cores']} cores, {e['memory_gib']} GiB, {gpu}; {e['utc'][:10]}; {commit}"
 
@@ -287,12 +287,65 @@ def block_tensorrt(models):
     )
 
 
+def block_plans(models):
+    """What is in each plan, and what the compile check says of each graph."""
+    parts = []
+    for model in models:
+        parts.append(f"### {title(model)}")
+        plans = (model["plans"] or {}).get("plans", {})
+        if model["plans"]:
+            parts.append(caption(model["plans"]))
+        rows = []
+        for precision in PRECISIONS:
+            m = plans.get(precision)
+            if not m:
+                rows.append([precision, *[NOT_MEASURED] * 8])
+                continue
+            counts = [", ".join(f"{n} {p}" for p, n in m["counts"][k].items()) for k in ("layers", "weight_matmuls")]
+            how = m["built_as"] + (", plain INT8" if m["plain_int8"] else "")
+            target = f"TensorRT {m['tensorrt_version']}, {m['gpu']} ({m['compute_capability']}), driver {m['driver']}"
+            size = f"{m['plan_bytes'] / 1e6:.1f}"
+            rows.append([precision, m["graph"], how, *counts, size, f"{m['build_s']:.0f}", m["tf32"], target])
+        header = [
+            "plan",
+            "graph",
+            "precision by",
+            "layers",
+            "weight MatMuls",
+            "MB",
+            "build s",
+            "TF32",
+            "built with, on",
+        ]
+        parts.append(table(header, rows))
+        parts.append(compile_table(model))
+    return "\n\n".join(parts)
+
+
+def compile_table(model):
+    """Result of compile_check.py as a table: graph by architecture."""
+    record = model["compile"]
+    if not record:
+        return f"Compile check: {NOT_MEASURED}."
+    architectures = list(dict.fromkeys(row["architecture"] for row in record["rows"]))
+    cells = {(row["graph"], row["architecture"]): row for row in record["rows"]}
+    rows = []
+    for graph in dict.fromkeys(row["graph"] for row in record["rows"]):
+        found = (cells[graph, a] for a in architectures)
+        rows.append(
+            [graph, *(f"refused: {c['error']}" if c["error"] else f"compiled, {c['seconds']:.1f} s" for c in found)]
+        )
+    lead = f"Compile check with TensorRT for RTX {record['tensorrt_rtx']}, without a GPU. {caption(record)}"
+    return f"{lead}\n\n{table(['graph', *architectures], rows)}"
+
+
 BLOCKS = {
     "results": block_results,
     "models": block_models,
     "environment": block_environment,
     "deviations": block_deviations,
     "performance": block_performance,
+    "plans": block_plans,
     "tensorrt": block_tensorrt,
 }
 

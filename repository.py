@@ -13,6 +13,7 @@ CPU) or plan (TensorRT plans, on a GPU).
 
 import argparse
 import shutil
+import sys
 from pathlib import Path
 
 import onnx
@@ -26,10 +27,12 @@ from common import (
     EMBEDDING,
     INPUT_IDS,
     MAX_BATCH_SIZE,
+    PRECISIONS,
     REFERENCE,
     REPOSITORY,
     ROOT,
     TEXT,
+    gpu_record,
     read_json,
     replace_when_done,
     sha256,
@@ -50,6 +53,8 @@ COMMENTS = {
     "max_batch_size": "the largest batch of the plans: --maxShapes of build_trt.sh",
     "input": "the dims below are those of the export: torch2onnx.py --max-length, --num-outputs",
 }
+PINNED_TENSORRT = "10.16.1"  # of the image that serve.sh and build_trt.sh name; a plan loads on its own version only
+TRITON_TENSORRT = {"2.69.0": PINNED_TENSORRT}
 DATA_TYPES = {onnx.TensorProto.INT64: pb.TYPE_INT64, onnx.TensorProto.FLOAT: pb.TYPE_FP32}
 
 
@@ -189,9 +194,65 @@ def check_embedder(repository, suffix, reference_sha256, engine):
             f"{graph_path}: expected a graph made from {repository / EMBEDDERS[REFERENCE]}/1/model.onnx "
             f"({reference_sha256[:12]}), found one made from {made_from[:12]}; run quantize.py"
         )
-    plan = folder / "1" / "model.plan"
-    if engine == "plan" and suffix != REFERENCE and not plan.exists():
-        raise SystemExit(f"{plan}: expected a TensorRT plan, found none; run build_trt.sh on the GPU that serves")
+    if engine == "plan" and suffix != REFERENCE:
+        # serve.sh starts the pinned image
+        check_plan(repository, suffix.removeprefix("TRT_"), reference_sha256, gpu_record(), PINNED_TENSORRT)
+
+
+# --- plans ---------------------------------------------------------------------------
+
+
+def plan_folder(repository, precision):
+    """Where the plan of a precision lies, with its layers and manifest."""
+    return repository / EMBEDDERS[f"TRT_{precision}"] / "1"
+
+
+def check_plan(repository, precision, reference_sha256, gpu=None, tensorrt_version=None):
+    """Exit unless the manifest fits the present graph, GPU and server; names both sides.
+
+    gpu: {"name", "compute_capability"} of this machine or None; tensorrt_version: that of
+    the server or None. What is None is not compared.
+    """
+    folder = plan_folder(repository, precision)
+    plan, path = folder / "model.plan", folder / "manifest.json"
+    remedy = "run build_trt.sh on the GPU that serves"
+    if not plan.exists():
+        raise SystemExit(f"{plan}: expected a TensorRT plan, found none; {remedy}")
+    manifest = read_json(path, remedy)
+
+    def compare(what, expected, found):
+        if expected != found:
+            raise SystemExit(f"{plan}: expected {what} {expected}, found one built for {found} ({path}); {remedy}")
+
+    compare("a plan with SHA-256", sha256(plan)[:12], manifest["plan_sha256"][:12])
+    compare("the reference graph", reference_sha256[:12], manifest["reference_sha256"][:12])
+    compare(
+        f"the graph {manifest['graph']}", sha256(repository / manifest["graph"])[:12], manifest["graph_sha256"][:12]
+    )
+    if gpu:
+        compare("the GPU", gpu["name"], manifest["gpu"])
+        compare("compute capability", gpu["compute_capability"], manifest["compute_capability"])
+    if tensorrt_version:
+        compare("TensorRT", tensorrt_version, manifest["tensorrt_version"])
+    return manifest
+
+
+def check_served_plans(repository, reference_sha256, server):
+    """Check the plans behind a running server; `server` is the record that client.py reads.
+
+    Nothing to check where no model is executed by TensorRT. An unknown Triton version is
+    said on stderr and not compared.
+    """
+    served = [p for p in PRECISIONS if server["engines"][f"TRT_{p}"].startswith("TensorRT")]
+    version = TRITON_TENSORRT.get(server["version"])
+    if served and not version:
+        print(
+            f"Triton {server['version']}: its TensorRT version is not known here and was not compared", file=sys.stderr
+        )
+    return {p: check_plan(repository, p, reference_sha256, gpu_record(), version) for p in served}
+
+
+# --- the whole -----------------------------------------------------------------------
 
 
 def check_tokenizer(repository, assets, length):

@@ -69,6 +69,7 @@ main() {
   trap './serve.sh stop --http-port "$http_port" >/dev/null' EXIT
   step export "$PYTHON" torch2onnx.py "${export_options[@]}"
   step quantize "$PYTHON" quantize.py
+  step compile "$PYTHON" compile_check.py
   step serve ./serve.sh start --device cpu --http-port "$http_port" --grpc-port "$grpc_port" --metrics-port "$metrics_port"
   step quality "$PYTHON" client.py --url "127.0.0.1:$http_port" "${quality_options[@]}"
   step perf "$PYTHON" perf.py --url "127.0.0.1:$grpc_port" "${perf_options[@]}"

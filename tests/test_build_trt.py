@@ -1,0 +1,313 @@
+"""build_trt.sh and the plans' proof, with a stand-in for trtexec (tests/trtexec_standin.py).
+
+No plan here is a TensorRT plan: these tests hold the commands, the failures, the proof and
+the manifests, not what TensorRT makes of a graph. compile_check.py does that.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, copy_repository, run
+
+import common
+import plans
+import repository
+
+STANDIN = ROOT / "tests/trtexec_standin.py"
+PRECISIONS = common.PRECISIONS
+# the stand-in reads graphs, so its python3 has to be this one
+WITH_STANDIN = dict(os.environ, TRTEXEC=str(STANDIN), PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+
+
+@pytest.fixture
+def place(exported, tmp_path):
+    """A repository of one's own, with assets of its own beside it."""
+    folder = copy_repository(exported, tmp_path)
+    return folder
+
+
+def build(folder, *options, **environment):
+    variables = WITH_STANDIN | environment
+    return run(
+        "build_trt.sh", "--model-repository", folder, "--results", folder.parent / "results", *options, env=variables
+    )
+
+
+def plan(folder, precision, name="model.plan"):
+    return folder / f"model_TRT_{precision}" / "1" / name
+
+
+def dry_run(folder, version, *options):
+    done = build(folder, "--dry-run", *options, STANDIN_VERSION=version)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+SHAPES = "--minShapes=INPUT_IDS:1x128\\,ATTENTION_MASK:1x128 --optShapes=INPUT_IDS:4x128\\,ATTENTION_MASK:4x128 --maxShapes=INPUT_IDS:8x128\\,ATTENTION_MASK:8x128"
+
+
+def test_dry_run_prints_the_four_commands_of_tensorrt_10(place):
+    lines = dry_run(place, "101601")
+    wanted = [("model_ONNX", ""), ("model_ONNX", "--fp16"), ("model_TRT_INT8", "--int8"), ("model_TRT_BEST", "--best")]
+    assert len(lines) == 4
+    for line, precision, (model, flag) in zip(lines, PRECISIONS, wanted, strict=True):
+        assert f"--onnx={place}/{model}/1/model.onnx" in line and SHAPES in line
+        assert f"--saveEngine={plan(place, precision)}" in line and "--profilingVerbosity=detailed" in line
+        assert [word for word in line.split() if word in ("--fp16", "--int8", "--best")] == flag.split()
+        assert "--noTF32" not in line
+    assert not list(place.glob("*/1/model.plan"))
+
+
+def test_dry_run_prints_the_four_commands_of_tensorrt_11(place):
+    lines = dry_run(place, "110000", "--no-tf32", "--opt-batch", "8", "--workspace", "2048")
+    for line, precision in zip(lines, PRECISIONS, strict=True):
+        assert f"--onnx={place}/model_TRT_{precision}/1/model.onnx" in line
+        assert "--noTF32" in line and "--optShapes=INPUT_IDS:8x128" in line and "--memPoolSize=workspace:2048" in line
+        assert not {"--fp16", "--int8", "--best", "--stronglyTyped"} & set(line.split())
+
+
+def test_dry_run_of_docker_names_the_pinned_image_and_its_paths(place):
+    done = build(place, "--dry-run", "--docker", "--only", "INT8")
+    assert done.returncode == 0, done.stderr
+    assert "docker run --rm --gpus all" in done.stdout and "nvcr.io/nvidia/tritonserver:26.05-py3" in done.stdout
+    assert "--onnx=/models/model_TRT_INT8/1/model.onnx" in done.stdout and f"-v {place}:/models" in done.stdout
+
+
+@pytest.mark.parametrize("version", ["101601", "110000"])
+def test_four_plans_are_built_proven_and_noted(place, version):
+    done = build(place, STANDIN_VERSION=version)
+    assert done.returncode == 0, done.stderr
+    reference = common.sha256(place / "model_ONNX/1/model.onnx")
+    for precision, matmuls in zip(PRECISIONS, ({"FP32": 37}, {"FP16": 37}, None, None), strict=True):
+        manifest = json.loads(plan(place, precision, "manifest.json").read_text())
+        assert manifest["reference_sha256"] == reference
+        assert manifest["graph_sha256"] == common.sha256(place / manifest["graph"])
+        assert manifest["plan_sha256"] == common.sha256(plan(place, precision))
+        assert manifest["tensorrt_version"] == ("10.16.1" if version == "101601" else "11.0.0")
+        assert (manifest["gpu"], manifest["compute_capability"], manifest["tf32"]) == (
+            "NVIDIA Stand-in GPU",
+            "8.6",
+            "on",
+        )
+        assert manifest["built_as"] == ("flags" if version == "101601" else "typed")
+        assert str(STANDIN) == manifest["command"][0] and manifest["build_s"] >= 0
+        counts = manifest["counts"]["weight_matmuls"]
+        assert counts == matmuls if matmuls else counts["INT8"] == 37
+        assert manifest["counts"]["weight_matmuls_not_named"] == 0
+        if precision in ("INT8", "BEST"):
+            assert len(manifest["calibration_sha256"]) == 64
+    assert not list(place.rglob("*.tmp"))
+    summary = common.read_json(place.parent / "results/all-MiniLM-L6-v2/plans.json", "")
+    assert set(summary["plans"]) == set(PRECISIONS)
+
+
+def test_tf32_is_noted_as_off(place):
+    assert build(place, "--only", "FP32", "--no-tf32").returncode == 0
+    assert json.loads(plan(place, "FP32", "manifest.json").read_text())["tf32"] == "off"
+
+
+def test_one_failure_of_four_keeps_the_other_three(place):
+    done = build(place, STANDIN_FAIL="--int8")
+    assert done.returncode == 1
+    assert "INT8: expected trtexec to build it" in done.stderr and "Engine could not be created" in done.stderr
+    assert "INT8 failing; the others were kept" in done.stderr
+    assert [p for p in PRECISIONS if plan(place, p).exists()] == ["FP32", "FP16", "BEST"]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        ("[E] Cuda failure: no CUDA-capable device is detected", "no GPU can be seen"),
+        ("[E] Cuda failure: CUDA driver version is insufficient for CUDA runtime version", "driver is too old"),
+        ("[E] Could not write: No space left on device", "disk is full"),
+    ],
+)
+def test_known_causes_are_said_in_one_line(place, error, words):
+    done = build(place, "--only", "FP32", STANDIN_FAIL="model.onnx", STANDIN_ERROR=error)
+    assert done.returncode == 1 and words in done.stderr
+
+
+@pytest.mark.parametrize("mode", ["half", "empty"])
+def test_a_plan_that_was_not_finished_is_not_kept(place, mode):
+    assert build(place, "--only", "FP16").returncode == 0
+    before = plan(place, "FP16").read_bytes()
+    done = build(place, "--only", "FP16", STANDIN_MODE=mode)
+    assert done.returncode == 1
+    assert plan(place, "FP16").read_bytes() == before and not list(place.rglob("*.tmp"))
+
+
+def test_killed_in_the_middle_leaves_no_plan(place):
+    environment = WITH_STANDIN | {"STANDIN_MODE": "hang"}
+    command = [str(ROOT / "build_trt.sh"), "--model-repository", str(place), "--only", "FP32"]
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 60
+    while not list(place.rglob("*.tmp")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=30) != 0
+    assert not plan(place, "FP32").exists() and not list(place.rglob("*.tmp"))
+
+
+def test_int8_in_name_only_fails_the_build(place):
+    done = build(place, "--only", "INT8", STANDIN_MODE="int8-in-name-only")
+    assert done.returncode == 1 and "in name only" in done.stderr and "quantize.py" in done.stderr
+    assert not plan(place, "INT8").exists()
+
+
+def test_plain_int8_is_built_counted_and_explained(place):
+    done = build(place, "--plain-int8", "--only", "INT8", STANDIN_MODE="int8-in-name-only")
+    assert done.returncode == 0 and "no ranges" in done.stderr
+    manifest = json.loads(plan(place, "INT8", "manifest.json").read_text())
+    assert manifest["plain_int8"] and manifest["graph"] == "model_ONNX/1/model.onnx"
+    assert "INT8" not in manifest["counts"]["weight_matmuls"]
+    refused = build(place, "--plain-int8", "--dry-run", STANDIN_VERSION="110000")
+    assert refused.returncode == 1 and "no precision flags" in refused.stderr
+
+
+def test_a_layer_file_without_details_is_refused(tmp_path):
+    (tmp_path / "layers.json").write_text('{"Layers": ["matmul"], "Bindings": []}')
+    with pytest.raises(ValueError, match="detailed"):
+        plans.count_precisions(tmp_path / "layers.json", {"matmul"})
+
+
+def layer(name, types, kind="gemm", tactic="sm80_xmma_gemm"):
+    inputs = [{"Format/Datatype": t} for t in types]
+    return {
+        "Name": name,
+        "LayerType": kind,
+        "Inputs": inputs,
+        "TacticName": tactic,
+        "Metadata": f"[ONNX Layer: {name}]",
+    }
+
+
+def test_counts_take_the_gemm_and_the_narrowest_input(tmp_path):
+    layers = [
+        layer("a", ["Int8", "Half"]),
+        layer("b", ["Half"]),
+        layer("c", ["Row major linear FP32"]),
+        layer("c", ["Row major Int8 format"], kind="Reformat", tactic="copy"),
+        layer("mask", ["Int64", "Bool"], kind="kgen", tactic=""),
+    ]
+    (tmp_path / "layers.json").write_text(json.dumps({"Layers": layers}))
+    counts = plans.count_precisions(tmp_path / "layers.json", {"a", "b", "c", "d"})
+    assert counts["weight_matmuls"] == {"INT8": 1, "FP16": 1, "FP32": 1}
+    assert counts["weight_matmuls_not_named"] == 1
+    assert counts["layers"] == {"INT8": 2, "FP16": 1, "FP32": 1, "other": 1}
+
+
+# --- what is refused before trtexec is called -----------------------------------------
+
+
+def test_a_missing_graph_is_named(place):
+    (place / "model_TRT_BEST/1/model.onnx").unlink()
+    done = build(place)
+    assert done.returncode == 1 and "model_TRT_BEST/1/model.onnx" in done.stderr and "quantize.py" in done.stderr
+    assert not plan(place, "FP32").exists()
+
+
+def test_an_older_graph_is_named(place):
+    import onnx
+
+    path = place / "model_TRT_INT8/1/model.onnx"
+    graph = onnx.load(path)
+    path.unlink()
+    onnx.helper.set_model_props(graph, {"reference_sha256": "1" * 64})
+    onnx.save(graph, path)
+    done = build(place)
+    assert done.returncode == 1 and str(path) in done.stderr and "111111111111" in done.stderr
+
+
+def test_another_length_in_a_config_is_named(place):
+    path = place / "model_TRT_FP16/config.pbtxt"
+    path.write_text(path.read_text().replace("dims: 128", "dims: 64"))
+    done = build(place)
+    assert done.returncode == 1 and str(path) in done.stderr and "[64]" in done.stderr
+
+
+def test_bad_usage_exits_2(place):
+    for options in (("--only", "FP8"), ("--opt-batch", "9"), ("--workspace", "much"), ("--only",), ("--fast",)):
+        assert build(place, *options).returncode == 2, options
+
+
+def test_without_trtexec_and_docker_three_ways_on(place, tmp_path):
+    empty = tmp_path / "bin"
+    empty.mkdir()
+    for tool in ("bash", "sed", "dirname", "mkdir", "env", "head", "id", "python3"):
+        found = subprocess.run(["which", tool], capture_output=True, text=True).stdout.strip()
+        (empty / tool).symlink_to(found)
+    variables = {k: v for k, v in os.environ.items() if k != "TRTEXEC"} | {"PATH": str(empty)}
+    done = run("build_trt.sh", "--model-repository", place, env=variables)
+    assert done.returncode == 1 and "three ways on" in done.stderr
+
+
+def test_too_little_disk_is_said_before_building(place, tmp_path):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "df").write_text("#!/bin/sh\necho header\necho 'disk 100 90 10 90% /'\n")
+    (tools / "df").chmod(0o755)
+    done = build(place, PATH=f"{tools}:{WITH_STANDIN['PATH']}")
+    assert done.returncode == 1 and "free disk" in done.stderr
+    assert not list(place.glob("*/1/model.plan"))
+
+
+# --- what is refused before serving ----------------------------------------------------
+
+
+@pytest.fixture
+def built(place):
+    assert build(place).returncode == 0
+    return place
+
+
+def refuse(folder, words, **present):
+    reference = common.sha256(folder / "model_ONNX/1/model.onnx")
+    with pytest.raises(SystemExit) as error:
+        repository.check_plan(folder, "FP16", present.pop("reference", reference), **present)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_matching_manifest_is_accepted(built):
+    reference = common.sha256(built / "model_ONNX/1/model.onnx")
+    gpu = {"name": "NVIDIA Stand-in GPU", "compute_capability": "8.6"}
+    assert repository.check_plan(built, "FP16", reference, gpu, "10.16.1")["precision"] == "FP16"
+
+
+def test_plans_of_another_graph_gpu_or_server_are_refused_naming_both(built):
+    refuse(built, ["reference graph", "2" * 12], reference="2" * 64)
+    refuse(built, ["NVIDIA L4", "NVIDIA Stand-in GPU"], gpu={"name": "NVIDIA L4", "compute_capability": "8.9"})
+    refuse(built, ["TensorRT 11.0.0", "10.16.1"], tensorrt_version="11.0.0")
+    plan(built, "FP16").write_bytes(b"another plan")
+    refuse(built, ["SHA-256"])
+    plan(built, "FP16", "manifest.json").unlink()
+    refuse(built, ["manifest.json", "build_trt.sh"])
+
+
+def test_the_check_before_serving_plans_reads_the_manifests(built):
+    check = ("repository.py", "--check", "--engine", "plan", "--repository", built)
+    assert run(*check).returncode == 0
+    manifest = json.loads(plan(built, "BEST", "manifest.json").read_text())
+    plan(built, "BEST", "manifest.json").write_text(json.dumps(manifest | {"tensorrt_version": "10.9.0"}))
+    done = run(*check)
+    assert done.returncode == 1 and "10.16.1" in done.stderr and "10.9.0" in done.stderr
+
+
+def test_the_client_checks_the_plans_that_are_served(built, capsys):
+    reference = common.sha256(built / "model_ONNX/1/model.onnx")
+    engines = {"ONNX": "ONNX Runtime, GPU"} | {f"TRT_{p}": "TensorRT, GPU" for p in PRECISIONS}
+    server = {"version": "2.69.0", "engines": engines}
+    assert len(repository.check_served_plans(built, reference, server)) == 4
+    with pytest.raises(SystemExit, match="reference graph"):
+        repository.check_served_plans(built, "3" * 64, server)
+    repository.check_served_plans(built, reference, server | {"version": "9.9.9"})
+    assert "not known here" in capsys.readouterr().err
+    cpu = {"version": "2.51.0", "engines": dict.fromkeys(engines, "ONNX Runtime, CPU")}
+    assert repository.check_served_plans(built, "3" * 64, cpu) == {}
