@@ -10,6 +10,7 @@ Prints: a table of average deviations per plan, over real tokens only.
 import argparse
 import csv
 import functools
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from common import (
     ATTENTION_MASK,
     EMBEDDERS,
     EMBEDDING,
+    INPUT_IDS,
     REFERENCE,
     REPOSITORY,
     RESULTS,
@@ -30,6 +32,7 @@ from common import (
     TEXTS,
     deviations,
     environment_record,
+    open_session,
     read_json,
     read_texts,
     replace_when_done,
@@ -41,8 +44,13 @@ from repository import check_served_plans
 
 HTTP_URL, GRPC_URL = "127.0.0.1:8000", "127.0.0.1:8001"
 PLANS = [suffix for suffix in EMBEDDERS if suffix != REFERENCE]
+SAME_MODEL_L2 = 0.05  # TF32 on a GPU stays far below, another model far above
 HELD_OUT = "texts.txt, the half that did not calibrate"
 METRICS = ("max_abs_error", "mean_abs_error", "relative_l2_error", "mean_cosine", "argmax_flip_share")
+
+
+# what tritonclient raises where the server is gone, refuses, or the url is no host:port
+SERVER_ERRORS = (OSError, HTTPException, InferenceServerException)
 
 
 # --- the server ----------------------------------------------------------------------
@@ -111,22 +119,42 @@ def read_engines(url, protocol):
 
 def read_server(url, protocol):
     """Name, version and engines of the server; exits if it or a model is not ready."""
-    client, _ = connect(url, protocol)
     try:
+        client, _ = connect(url, protocol)
         for model in ("tokenizer", *EMBEDDERS.values(), "ensemble"):
             if not client.is_model_ready(model):
                 raise SystemExit(
                     f"{url}: expected model {model} ready, found it is not; ./serve.sh status, then its log"
                 )
         metadata = client.get_server_metadata() if protocol == "http" else client.get_server_metadata(as_json=True)
-    except (OSError, InferenceServerException) as error:
+        record = {key: metadata[key] for key in ("name", "version")}
+        return record | {"protocol": protocol, "engines": read_engines(url, protocol)}
+    except SERVER_ERRORS as error:
         raise SystemExit(f"{url}: expected a Triton server ({protocol}), found: {error}; ./serve.sh start") from None
-    return {
-        "name": metadata["name"],
-        "version": metadata["version"],
-        "protocol": protocol,
-        "engines": read_engines(url, protocol),
-    }
+
+
+def check_served_model(repository, url, protocol):
+    """Exit if the server's reference answers otherwise than the graph in the repository.
+
+    A server that was started before another export would be measured under its name.
+    """
+    path = repository / EMBEDDERS[REFERENCE] / "1" / "model.onnx"
+    if not path.is_file():
+        raise SystemExit(f"{path}: expected the graph that is served, found none; run torch2onnx.py")
+    text = "Is the model behind the server the one in the repository?"
+    try:
+        served = call_triton(text, url, protocol)[REFERENCE]
+        feeds = infer("tokenizer", text, [INPUT_IDS, ATTENTION_MASK], url, protocol)
+        own = open_session(path).run([EMBEDDING], feeds)[0]
+        error = deviations(own, served, feeds[ATTENTION_MASK])["relative_l2_error"]
+    except SERVER_ERRORS as error:
+        raise SystemExit(f"{url}: expected an answer, found: {error}; ./serve.sh status, then its log") from None
+    except Exception as found:  # ONNX Runtime on ids that the other model's tokenizer made; ValueError on shapes
+        error = str(found)
+    if isinstance(error, str) or error > SAME_MODEL_L2:
+        raise SystemExit(
+            f"{url}: expected the model in {path}, found another (relative L2 error {error}); ./serve.sh stop, then start"
+        )
 
 
 # --- the averages --------------------------------------------------------------------
@@ -192,11 +220,12 @@ def main():
     texts = spread(texts, args.max_texts)
     server = read_server(args.url, args.protocol)
     check_served_plans(args.repository, card["reference_sha256"], server)
+    check_served_model(args.repository, args.url, args.protocol)
     try:
         per_text = [
             check_quality(t, args.url, args.protocol) for t in tqdm(texts, desc="quality", unit="text", mininterval=1)
         ]
-    except (OSError, InferenceServerException) as error:
+    except SERVER_ERRORS as error:
         raise SystemExit(f"{args.url}: expected an answer, found: {error}; ./serve.sh status, then its log") from None
     averages = {plan: average(per_text, plan) for plan in PLANS}
     folder = args.results / card["slug"]

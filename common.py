@@ -112,18 +112,22 @@ def split_texts(texts):
 # --- execution on a CPU --------------------------------------------------------------
 
 
-def open_session(path, threads=0):
+def open_session(path, threads=0, spinning="off"):
     """ONNX Runtime session of a graph on the CPU, the same in server, checks and tests.
 
-    threads: how many compute one operator; 0 leaves the choice to ONNX Runtime.
+    threads: how many compute one operator; 0 leaves the choice to ONNX Runtime. spinning:
+    what its threads do between two operators, "on" (its default), "off" (they sleep) or
+    "stop" (they spin in a run, and stop at its end).
     """
     import onnx
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    # threads that spin between two requests take the cores from the server
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # off: threads that spin between two requests take the cores from the server and from the
+    # other embedders; tune.py measures it
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0" if spinning == "off" else "1")
+    options.add_session_config_entry("session.force_spinning_stop", "1" if spinning == "stop" else "0")
     model = onnx.load(path)
     _quantize_from_float32(model)
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -1,13 +1,19 @@
 #!/usr/bin/env python3
-"""Measure throughput and latency of every embedder alone with NVIDIA's perf_analyzer.
+"""Measure throughput and latency of every model alone with NVIDIA's perf_analyzer.
 
-Reads:  a running server (./serve.sh start), assets/texts.txt, assets/tokenizer/.
+Reads:  a running server (./serve.sh start), assets/texts.txt, assets/tokenizer/, and the
+        graphs in model_repository/ for the bare sessions.
 Writes: results/<model>/perf.json, and perf_analyzer's CSV unchanged in results/<model>/perf/.
 Run:    ./perf.py
-Prints: one line per embedder and concurrency: throughput, p50, p99.
+Prints: one line per model and concurrency: throughput, p50, p99, served / bare.
+
+A level is three windows with the same number of requests. Its row is the window with the
+median throughput; where the three differ by more than the stability limit they are
+repeated, twice as long, and then marked unstable. A window counts only if the server
+executed exactly the requests that perf_analyzer sent, and no other model was called.
 
 perf_analyzer is taken from PATH; where there is none (or only the empty package of that
-name), from the tritonclient wheel that carries it.
+name), from the tritonclient wheel that carries it; with --docker from the pinned SDK image.
 """
 
 import argparse
@@ -16,68 +22,94 @@ import csv
 import importlib.util
 import json
 import os
-import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from pathlib import Path
 
+import numpy as np
+import psutil
 import tokenizers
 from tqdm import tqdm
 
-from client import GRPC_URL, HTTP_URL, read_server
+from client import GRPC_URL, HTTP_URL, SERVER_ERRORS, check_served_model, connect, read_server
 from common import (
     ASSETS,
     ATTENTION_MASK,
     EMBEDDERS,
     INPUT_IDS,
+    REPOSITORY,
     RESULTS,
     ROOT,
+    TEXT,
     TEXTS,
     environment_record,
+    open_session,
     read_json,
     read_texts,
     replace_when_done,
     write_json,
 )
+from repository import check_served_plans
 
+MODELS = EMBEDDERS | {"tokenizer": "tokenizer", "ensemble": "ensemble"}
 CONCURRENCIES = (1, 2, 4, 8, 16, 32)
-STABILITY_PERCENT = 15
+BARE_BATCHES = (1, 8)
+WINDOWS = 3
+EXIT_UNSTABLE = 3  # everything was measured; some levels are marked
 WHEEL = "tritonclient==2.51.0"  # later wheels no longer carry the binary
-COLUMNS = {  # perf_analyzer's CSV, in microseconds -> ours
+SDK_IMAGE = "nvcr.io/nvidia/tritonserver:26.05-py3-sdk"
+LATENCIES = {  # perf_analyzer's CSV, in microseconds -> ours
     "p50 latency": "latency_p50_ms",
     "p90 latency": "latency_p90_ms",
     "p95 latency": "latency_p95_ms",
     "p99 latency": "latency_p99_ms",
     "Avg latency": "latency_mean_ms",
-    "Server Queue": "server_queue_ms",
-    "Server Compute Infer": "server_compute_ms",
 }
 
 
 # --- perf_analyzer -------------------------------------------------------------------
 
 
-def find_perf_analyzer():
-    """(path, environment) of a working perf_analyzer; fetches it once where there is none."""
+def find_perf_analyzer(docker, shared):
+    """(command, environment) of a working perf_analyzer; fetches it once where there is none.
+
+    shared: folder that the container has to see under the same name.
+    """
+    if docker:
+        if not shutil.which("docker") or subprocess.run(["docker", "info"], capture_output=True).returncode:
+            raise SystemExit("--docker: expected a running Docker, found none; install it, or leave --docker out")
+        user = f"{os.getuid()}:{os.getgid()}"
+        return [
+            "docker",
+            "run",
+            "--rm",
+            "--net=host",
+            f"--user={user}",
+            "-v",
+            f"{shared}:{shared}",
+            SDK_IMAGE,
+            "perf_analyzer",
+        ], dict(os.environ)
     found = shutil.which("perf_analyzer")
     if found and runs(found, os.environ):
-        return found, dict(os.environ)
+        return [found], dict(os.environ)
     folder = ROOT / "build" / "perf_analyzer"
-    environment = dict(
-        os.environ, LD_LIBRARY_PATH=os.pathsep.join(filter(None, [str(folder), os.environ.get("LD_LIBRARY_PATH")]))
-    )
+    libraries = os.pathsep.join(filter(None, [str(folder), os.environ.get("LD_LIBRARY_PATH")]))
+    environment = dict(os.environ, LD_LIBRARY_PATH=libraries)
     binary = folder / "perf_analyzer"
     if not binary.exists():
         fetch_perf_analyzer(binary)
     link_libraries(folder)
     if not runs(binary, environment):
         raise SystemExit(
-            f"{binary}: expected a program that runs, found one that does not; install perf_analyzer and put it on PATH"
+            f"{binary}: expected a program that runs, found one that does not; put perf_analyzer on PATH, or use --docker"
         )
-    return str(binary), environment
+    return [str(binary)], environment
 
 
 def runs(binary, environment):
@@ -93,7 +125,9 @@ def fetch_perf_analyzer(binary):
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, WHEEL]
         if subprocess.run(command).returncode:
-            raise SystemExit(f"perf_analyzer: expected {WHEEL} from pip, found it failing; put perf_analyzer on PATH")
+            raise SystemExit(
+                f"perf_analyzer: expected {WHEEL} from pip, found it failing; put perf_analyzer on PATH, or use --docker"
+            )
         (wheel,) = Path(folder).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             (name,) = (n for n in archive.namelist() if n.endswith("/bin/perf_analyzer"))
@@ -112,112 +146,335 @@ def link_libraries(folder):
             (folder / name).symlink_to(library)
 
 
+# --- inputs --------------------------------------------------------------------------
+
+
+def tokenize(assets, texts):
+    """(ids, mask), int64 [texts, length], with the exported tokenizer, as the server does."""
+    path = assets / "tokenizer" / "tokenizer.json"
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises a bare Exception
+        raise SystemExit(f"{path}: expected a tokenizer, found: {error}; run torch2onnx.py") from None
+    encodings = tokenizer.encode_batch(texts)
+    return np.array([e.ids for e in encodings]), np.array([e.attention_mask for e in encodings])
+
+
+def write_inputs(texts, ids, mask, folder):
+    """perf_analyzer's JSON for texts and for tokens; its own random ids are out of vocabulary."""
+    of_texts = [{TEXT: {"content": [text], "shape": [1]}} for text in texts]
+    of_tokens = [
+        {name: {"content": row.tolist(), "shape": [len(row)]} for name, row in ((INPUT_IDS, i), (ATTENTION_MASK, m))}
+        for i, m in zip(ids, mask, strict=True)
+    ]
+    paths = {}
+    for name, data in (("texts", of_texts), ("tokens", of_tokens)):
+        paths[name] = folder / f"{name}.json"
+        paths[name].write_text(json.dumps({"data": data}))
+    return {model: paths["texts" if model in ("tokenizer", "ensemble") else "tokens"] for model in MODELS.values()}
+
+
+# --- the server's own view -----------------------------------------------------------
+
+
+class Refused(Exception):
+    """A window that must not become a number."""
+
+
+def read_statistics(args):
+    """{model: its statistics} of every model the server has, counters since its start."""
+    client, _ = connect(args.url, args.protocol)
+    answer = (
+        client.get_inference_statistics() if args.protocol == "http" else client.get_inference_statistics(as_json=True)
+    )
+    return {stats["name"]: stats for stats in answer["model_stats"]}
+
+
+def counter(stats, *keys):
+    """An integer counter of a model's statistics; 0 where the server left it out."""
+    value = stats
+    for key in keys:
+        value = value.get(key, {}) if isinstance(value, dict) else {}
+    return int(value or 0)
+
+
+def batches(stats):
+    """{batch size: executions}."""
+    return {int(b.get("batch_size", 0)): counter(b, "compute_infer", "count") for b in stats.get("batch_stats", [])}
+
+
+def compare_statistics(before, after, model, inferences):
+    """Server's side of a window of `model`: queue and compute per request, batch sizes made.
+
+    Raises Refused if the server did not execute exactly `inferences`, or any other model
+    was called (but those of an ensemble, as often as it).
+    """
+    executed = {
+        name: counter(stats, "inference_count") - counter(before.get(name, {}), "inference_count")
+        for name, stats in after.items()
+    }
+    # an ensemble calls every model of its own once
+    expected = dict.fromkeys(MODELS.values() if model == "ensemble" else [model], inferences)
+    for name, count in executed.items():
+        if count != expected.get(name, 0):
+            raise Refused(
+                f"expected {expected.get(name, 0)} inferences of {name} in the window, the server executed {count}: "
+                "something else called it"
+            )
+    old, new = before[model], after[model]
+
+    def mean_ms(part):
+        delta = [counter(s, "inference_stats", part, "ns") for s in (old, new)]
+        count = [counter(s, "inference_stats", part, "count") for s in (old, new)]
+        return (delta[1] - delta[0]) / max(1, count[1] - count[0]) / 1e6
+
+    made = {size: n - batches(old).get(size, 0) for size, n in batches(new).items()}
+    made = {size: n for size, n in sorted(made.items()) if n}
+    row = {f"server_{ours}_ms": mean_ms(part) for part, ours in (("queue", "queue"), ("compute_infer", "compute"))}
+    if made:  # an ensemble has no executions of its own
+        row["batch_sizes"] = made
+        row["mean_batch_size"] = sum(size * n for size, n in made.items()) / sum(made.values())
+    return row
+
+
+def find_server_processes(url):
+    """The tritonserver that listens on a loopback url's port, with its children; else []."""
+    host, port = url.rsplit(":", 1)
+    if host not in ("127.0.0.1", "localhost"):
+        return []
+    with contextlib.suppress(psutil.Error):
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == int(port) and connection.pid:
+                server = psutil.Process(connection.pid)
+                return [server, *server.children(recursive=True)] if server.name() == "tritonserver" else []
+    return []
+
+
+def server_memory_mib(url):
+    """Proportional memory of the server with all its models, MiB; None where it cannot be seen."""
+    try:
+        return sum(p.memory_full_info().pss for p in find_server_processes(url)) / 2**20 or None
+    except psutil.Error:
+        return None
+
+
+def cpu_seconds(processes):
+    """CPU time of the processes so far; None where one has gone or none is ours to see."""
+    try:
+        return sum(sum(p.cpu_times()[:2]) for p in processes) if processes else None
+    except psutil.Error:
+        return None
+
+
 # --- measuring -----------------------------------------------------------------------
 
 
-def write_inputs(assets, texts, path):
-    """Tokenised texts in perf_analyzer's JSON; its own random ids are out of vocabulary."""
-    tokenizer = tokenizers.Tokenizer.from_file(str(assets / "tokenizer" / "tokenizer.json"))
-    data = [
-        {
-            INPUT_IDS: {"content": encoding.ids, "shape": [len(encoding.ids)]},
-            ATTENTION_MASK: {"content": encoding.attention_mask, "shape": [len(encoding.ids)]},
-        }
-        for encoding in tokenizer.encode_batch(texts)
-    ]
-    path.write_text(json.dumps({"data": data}))
-
-
-def measure(program, environment, args, model, concurrency, inputs, csv_path):
-    """One run of perf_analyzer -> a row; {"error": …} in it where the run did not count."""
-    row = {"model": model, "concurrency": concurrency}
-    requests = args.window_requests
-    for _ in range(2):  # an unstable level gets one more try with a longer window
-        command = [program, "-m", model, "-i", args.protocol, "-u", args.url, "--input-data", str(inputs)]
-        command += ["--concurrency-range", str(concurrency), "-s", str(STABILITY_PERCENT), "--verbose-csv"]
-        command += ["--measurement-mode", "count_windows", "--measurement-request-count", str(requests)]
-        command += ["-f", str(csv_path)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode == 0 and csv_path.exists():
-            return row | read_row(csv_path, done.stdout, requests)
-        requests *= 2
-    lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
-    return row | {"error": lines[-1]}
-
-
-def read_row(csv_path, output, requests):
-    """Figures of one run; refused where server and client counted different numbers."""
+def run_window(tool, args, model, concurrency, inputs, requests, csv_path):
+    """One window of exactly `requests` requests -> its row. Raises Refused."""
+    command, environment = tool
+    command = [*command, "-m", model, "-i", args.protocol, "-u", args.url, "--input-data", str(inputs)]
+    command += ["--concurrency-range", str(concurrency), "-b", str(args.batch_size)]
+    command += ["--request-count", str(requests), "--verbose-csv", "-f", str(csv_path)]
+    times_path = csv_path.with_name("times.json")
+    command += ["--profile-export-file", str(times_path)]
+    csv_path.unlink(missing_ok=True)
+    times_path.unlink(missing_ok=True)
+    processes = find_server_processes(args.url)
+    before, cpu = read_statistics(args), cpu_seconds(processes)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode or not csv_path.exists() or not times_path.exists():
+        lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
+        raise Refused(f"perf_analyzer: {lines[-1]}")
+    after_cpu, after = cpu_seconds(processes), read_statistics(args)
     (line,) = csv.DictReader(csv_path.read_text().splitlines())
-    row = {"throughput_infer_per_s": float(line["Inferences/Second"])}
-    row |= {ours: int(line[theirs]) / 1e3 for theirs, ours in COLUMNS.items()}
-    row["window_requests"] = requests
-    counts = {
-        name: re.search(rf"{name}: (\d+)", output) for name in ("Request count", "Inference count", "Execution count")
-    }
-    client, server, executions = (int(match[1]) if match else None for match in counts.values())
-    row |= {"client_requests": client, "server_inferences": server}
-    # a request under way at a window's edge is counted on one side only; there are three windows
-    if client is None or server is None or abs(client - server) > 3 * int(line["Concurrency"]):
-        return row | {"error": f"client counted {client} requests, server {server}: something else called it"}
-    return row | {"mean_batch_size": server / executions}
+    seconds = read_seconds(times_path, requests)
+    row = {"throughput_infer_per_s": requests * args.batch_size / seconds, "csv": csv_path.read_text()}
+    row |= {ours: int(line[theirs]) / 1e3 for theirs, ours in LATENCIES.items()}
+    row |= compare_statistics(before, after, model, requests * args.batch_size)
+    if cpu is not None and after_cpu is not None:
+        row["server_cpu_cores"] = (after_cpu - cpu) / seconds
+    return row
+
+
+def read_seconds(path, requests):
+    """Seconds between the first request sent and the last answer, from perf_analyzer's own times.
+
+    Its "Inferences/Second" divides by whole seconds when the number of requests is given.
+    """
+    (experiment,) = json.loads(path.read_text())["experiments"]
+    if len(experiment["requests"]) != requests:
+        raise Refused(f"perf_analyzer: expected {requests} requests, found {len(experiment['requests'])}")
+    first = min(request["timestamp"] for request in experiment["requests"])
+    last = max(request["response_timestamps"][-1] for request in experiment["requests"])
+    return (last - first) / 1e9
+
+
+def measure(tool, args, model, concurrency, inputs, csv_path):
+    """Windows of one level -> its row; {"error": …} in it where no window may count."""
+    row = {"concurrency": concurrency, "batch_size": args.batch_size}
+    try:
+        # the first window warms up and tells how many requests fill the others
+        speed = run_window(tool, args, model, concurrency, inputs, max(8, concurrency), csv_path)[
+            "throughput_infer_per_s"
+        ]
+        least = (2 if args.quick else 4) * concurrency
+        requests = max(16, least, round(args.window_s * speed / args.batch_size))
+        for longer in (1,) if args.quick else (1, 2):
+            windows = []
+            for _ in range(WINDOWS):
+                windows.append(run_window(tool, args, model, concurrency, inputs, requests * longer, csv_path))
+            windows.sort(key=lambda window: window["throughput_infer_per_s"])
+            speeds = [window["throughput_infer_per_s"] for window in windows]
+            spread = (speeds[-1] - speeds[0]) / statistics.median(speeds) * 100
+            if spread <= args.stability_percent:
+                break
+    except Refused as error:
+        return row | {"error": str(error)}
+    row |= windows[WINDOWS // 2]
+    row |= {"window_requests": requests * longer, "window_throughputs": speeds, "spread_percent": spread}
+    return row | {"stable": spread <= args.stability_percent}
+
+
+def measure_bare(path, ids, mask, window_s):
+    """Sequences/s of the graph without a server: {batch: median of three windows}.
+
+    The better of ONNX Runtime's default, whose threads spin, and the server's setting.
+    """
+    result = dict.fromkeys(BARE_BATCHES, 0.0)
+    for spinning in ("on", "off"):
+        session = open_session(path, spinning=spinning)
+        for batch in BARE_BATCHES:
+            starts = range(0, len(ids) - batch + 1, batch)
+            speeds = []
+            for window in range(WINDOWS + 1):  # the first warms up
+                count, started = 0, time.perf_counter()
+                while time.perf_counter() - started < (window_s if window else window_s / 4):
+                    start = starts[count % len(starts)]
+                    rows = slice(start, start + batch)
+                    session.run(None, {INPUT_IDS: ids[rows], ATTENTION_MASK: mask[rows]})
+                    count += 1
+                speeds.append(count * batch / (time.perf_counter() - started))
+            result[batch] = max(result[batch], statistics.median(speeds[1:]))
+    return result
+
+
+def parse_range(text):
+    """1:32 -> every level from 1 to 32; 1:32:4 steps by 4."""
+    try:
+        start, end, step = (list(map(int, text.split(":"))) + [1])[:3]
+        levels = tuple(range(start, end + 1, step))
+    except (ValueError, TypeError):
+        levels = ()
+    if not levels or levels[0] < 1:
+        raise argparse.ArgumentTypeError(f"expected START:END or START:END:STEP, found {text}")
+    return levels
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", help=f"default: {GRPC_URL} (grpc), {HTTP_URL} (http)")
     parser.add_argument("--protocol", choices=("http", "grpc"), default="grpc")
-    parser.add_argument("--concurrency", type=int, nargs="+", default=CONCURRENCIES, help="default: 1 2 4 8 16 32")
-    parser.add_argument(
-        "--window-requests", type=int, default=50, help="requests per window; three agreeing windows make a level"
-    )
-    parser.add_argument("--quick", action="store_true", help="concurrency 1 and 8, windows of 20 requests")
+    levels = parser.add_mutually_exclusive_group()
+    levels.add_argument("--concurrency", type=int, nargs="+", help="default: 1 2 4 8 16 32")
+    levels.add_argument("--concurrency-range", type=parse_range, metavar="1:32", help="every level of a range")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all seven")
+    parser.add_argument("--batch-size", type=int, default=1, help="texts per request (default: %(default)s)")
+    parser.add_argument("--window-s", type=float, help="length of a window, default: 3, quick: 0.8")
+    parser.add_argument("--stability-percent", type=float, help="spread of three windows, default: 10, quick: 25")
+    parser.add_argument("--quick", action="store_true", help="concurrency 1 and 8, short windows")
+    parser.add_argument("--docker", action="store_true", help=f"perf_analyzer from {SDK_IMAGE}")
+    parser.add_argument("--repository", type=Path, default=REPOSITORY)
     parser.add_argument("--assets", type=Path, default=ASSETS)
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     args.url = args.url or (HTTP_URL if args.protocol == "http" else GRPC_URL)
-    if args.quick:
-        args.concurrency, args.window_requests = (1, 8), 20
+    default = (1, 8) if args.quick else CONCURRENCIES
+    args.concurrency = args.concurrency_range or args.concurrency or default
+    args.window_s = args.window_s or (0.8 if args.quick else 3)
+    args.stability_percent = args.stability_percent or (25 if args.quick else 10)
+    if min(args.concurrency) < 1 or not 1 <= args.batch_size <= 8:
+        parser.error("expected --concurrency of at least 1 and --batch-size from 1 to 8")
     return args
+
+
+def describe_row(row):
+    head = f"{row['model']:9} concurrency {row['concurrency']:2}"
+    if "error" in row:
+        return f"{head}  {row['error']}"
+    ratio = f"  served / bare {row['served_to_bare']:.2f}" if "served_to_bare" in row else ""
+    latency = f"p50 {row['latency_p50_ms']:8.1f} ms  p99 {row['latency_p99_ms']:8.1f} ms"
+    return (
+        f"{head}  {row['throughput_infer_per_s']:8.1f} infer/s  {latency}{ratio}{'' if row['stable'] else '  UNSTABLE'}"
+    )
 
 
 def main():
     args = parse_args()
     card = read_json(args.assets / "model.json", "run torch2onnx.py")
     server = read_server(args.url, args.protocol)
-    program, environment = find_perf_analyzer()
+    check_served_plans(args.repository, card["reference_sha256"], server)
+    check_served_model(args.repository, args.url, args.protocol)
     folder = args.results / card["slug"]
     raw = folder / "perf"
-    shutil.rmtree(raw, ignore_errors=True)
-    raw.mkdir(parents=True)
-    levels = [(suffix, model, c) for suffix, model in EMBEDDERS.items() for c in args.concurrency]
-    rows = []
+    texts = read_texts(TEXTS)
+    ids, mask = tokenize(args.assets, texts)
     record = {"model": card, "environment": environment_record(), "server": server, "quick": args.quick}
-    record["settings"] = {"tool": Path(program).name, "protocol": args.protocol, "stability_percent": STABILITY_PERCENT}
-    record["settings"] |= {"window_requests": args.window_requests, "batch_size": 1, "inputs": "texts.txt, tokenised"}
+    record["settings"] = {"protocol": args.protocol, "batch_size": args.batch_size, "window_s": args.window_s}
+    record["settings"] |= {
+        "windows": WINDOWS,
+        "stability_percent": args.stability_percent,
+        "inputs": f"{TEXTS.name}, {len(texts)} texts",
+    }
+    bare, rows = {}, []
+    on_cpu = not any(engine.startswith("TensorRT") for engine in server["engines"].values())
     with tempfile.TemporaryDirectory() as temporary:
-        inputs = Path(temporary) / "inputs.json"
-        write_inputs(args.assets, read_texts(TEXTS), inputs)
-        for suffix, model, concurrency in tqdm(levels, desc="perf", unit="level", mininterval=1):
-            csv_path = raw / f"{suffix}_concurrency_{concurrency}.csv"
-            row = {"embedder": suffix} | measure(program, environment, args, model, concurrency, inputs, csv_path)
-            rows.append(row)
-            write_json(folder / "perf.json", record | {"rows": rows})  # finished rows are kept
-            tqdm.write(describe_row(row), file=sys.stdout)
+        temporary = Path(temporary)
+        tool = find_perf_analyzer(args.docker, temporary)
+        inputs = write_inputs(texts, ids, mask, temporary)
+        shutil.rmtree(raw, ignore_errors=True)
+        raw.mkdir(parents=True)
+        memory = server_memory_mib(args.url)
+        record |= {"server_memory_mib": memory, "planned": [[m, c] for m in args.models for c in args.concurrency]}
+        write_json(folder / "perf.json", record | {"bare_infer_per_s": bare, "rows": rows})
+        progress = tqdm(total=len(args.models) * len(args.concurrency), desc="perf", unit="level", mininterval=1)
+        for name in args.models:
+            model = MODELS[name]
+            if name in EMBEDDERS and on_cpu:
+                bare[name] = measure_bare(
+                    args.repository / model / "1" / "model.onnx", ids, mask, args.window_s / (2 if args.quick else 1)
+                )
+            for concurrency in args.concurrency:
+                csv_path = temporary / "window.csv"
+                try:
+                    row = {"model": name} | measure(tool, args, model, concurrency, inputs[model], csv_path)
+                except SERVER_ERRORS as error:
+                    raise SystemExit(
+                        f"{args.url}: expected the server to go on, found: {error}; {len(rows)} finished levels are in {folder / 'perf.json'}; ./serve.sh status"
+                    ) from None
+                if "error" not in row:
+                    (raw / f"{name}_concurrency_{concurrency}.csv").write_text(row.pop("csv"))
+                    if name in bare:
+                        # one request at a time cannot be batched; more can
+                        best = bare[name][1] if concurrency == 1 and args.batch_size == 1 else max(bare[name].values())
+                        row["served_to_bare"] = row["throughput_infer_per_s"] / best
+                rows.append(row)
+                write_json(
+                    folder / "perf.json", record | {"bare_infer_per_s": bare, "rows": rows}
+                )  # finished rows are kept
+                tqdm.write(describe_row(row), file=sys.stdout)
+                progress.update()
+        progress.close()
     print(folder / "perf.json")
-    failed = [
-        f"{row['embedder']} at concurrency {row['concurrency']}: {row['error']}" for row in rows if "error" in row
-    ]
+    failed = [f"{row['model']} at concurrency {row['concurrency']}: {row['error']}" for row in rows if "error" in row]
     if failed:
-        raise SystemExit(
-            f"expected {len(rows)} levels measured, found {len(failed)} without a result; first: {failed[0]}"
+        raise SystemExit(f"expected {len(rows)} levels measured, found {len(failed)} refused; first: {failed[0]}")
+    unstable = [f"{row['model']} at concurrency {row['concurrency']}" for row in rows if not row["stable"]]
+    if unstable:
+        print(
+            f"expected every level stable within {args.stability_percent:g} %, found and marked: {', '.join(unstable)}",
+            file=sys.stderr,
         )
-
-
-def describe_row(row):
-    head = f"{row['embedder']:9} concurrency {row['concurrency']:2}"
-    if "error" in row:
-        return f"{head}  {row['error']}"
-    return f"{head}  {row['throughput_infer_per_s']:8.1f} infer/s  p50 {row['latency_p50_ms']:8.1f} ms  p99 {row['latency_p99_ms']:8.1f} ms"
+        sys.exit(EXIT_UNSTABLE)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Write what results/ holds into the marked blocks of report.md and README.md.
 
-Reads:  results/<model>/quality.json, quality.csv, perf.json, plans.json, compile.json.
+Reads:  results/<model>/quality.json, quality.csv, perf.json, plans.json,
+        compile.json, tune.json.
 Writes: the text between <!-- begin NAME --> and <!-- end NAME --> in report.md and
         README.md, pictures beside the data they show.
 Run:    ./report.py
@@ -25,8 +26,16 @@ from PIL import Image
 from common import EMBEDDERS, PRECISIONS, REFERENCE, RESULTS, ROOT, replace_when_done
 
 NOT_MEASURED = "not measured"
-LINES = {"TRT_FP32": "-", "TRT_FP16": "--", "TRT_INT8": "-.", "TRT_BEST": ":"}  # readable in black and white
+LINES = {
+    "ONNX": (0, (5, 1)),
+    "TRT_FP32": "-",
+    "TRT_FP16": "--",
+    "TRT_INT8": "-.",
+    "TRT_BEST": ":",
+}  # readable in black and white
 SUMMARY_CONCURRENCIES = (1, 8)
+TUNE_CONCURRENCIES = (1, 4, 8)
+MARKERS = {"ONNX": "o", "TRT_FP32": "s", "TRT_FP16": "^", "TRT_INT8": "D", "TRT_BEST": "v"}
 
 
 # --- data ----------------------------------------------------------------------------
@@ -36,7 +45,7 @@ def load_results(folder):
     """[{slug, quality, perf, plans, compile}] of every model, real weights first; a missing file is None."""
     models = []
     for path in sorted(p for p in folder.iterdir() if p.is_dir()):
-        files = {name: path / f"{name}.json" for name in ("quality", "perf", "plans", "compile")}
+        files = {name: path / f"{name}.json" for name in ("quality", "perf", "plans", "compile", "tune")}
         data = {name: json.loads(file.read_text()) if file.exists() else None for name, file in files.items()}
         card = next((record["model"] for record in data.values() if record), None)
         exports = {record["model"]["reference_sha256"] for record in data.values() if record}
@@ -94,7 +103,7 @@ def quality_of(model, suffix):
 def level_of(model, suffix, concurrency):
     """The performance row of one embedder at one concurrency; empty where not measured."""
     rows = (model["perf"] or {}).get("rows", [])
-    return next((r for r in rows if r["embedder"] == suffix and r["concurrency"] == concurrency), {})
+    return next((r for r in rows if r["model"] == suffix and r["concurrency"] == concurrency), {})
 
 
 def block_results(models):
@@ -230,50 +239,142 @@ def block_deviations(models):
 
 
 def block_performance(models):
-    """Throughput and latency of every embedder alone."""
+    """Throughput and latency of every model alone, the best embedder, the server beside the bare session."""
     parts = []
     for model in models:
         perf = model["perf"]
-        head = f"### {title(model)}"
+        parts.append(f"### {title(model)}")
         if not perf:
-            parts.append(f"{head}\n\n{NOT_MEASURED}")
+            parts.append(NOT_MEASURED)
+            continue
+        s = perf["settings"]
+        parts.append(
+            f"{caption(perf)}; perf_analyzer, {s['protocol']}, batch size {s['batch_size']}, {s['inputs']}; {s['windows']} windows "
+            f"of about {s['window_s']:g} s, stable within {s['stability_percent']:g} %{', quick run' if perf['quick'] else ''}."
+        )
+        if on_cpu(perf):
+            parts.append(
+                "**These are speeds of ONNX Runtime on a CPU executing the typed graphs. They allow no conclusion about TensorRT**, "
+                f"whose speed on a GPU is {NOT_MEASURED} here."
+            )
+        parts.append(f"![Throughput against concurrency, latency against throughput]({relative(model, 'perf.png')})")
+        parts.append(level_table(perf))
+        parts.append(best_table(perf))
+        if perf["bare_infer_per_s"]:
+            parts.append(bare_table(perf))
+        parts.append(
+            f"Data: [perf.json]({relative(model, 'perf.json')}), perf_analyzer's own output in [perf/](results/{model['slug']}/perf)."
+        )
+    return "\n\n".join(parts)
+
+
+def level_table(perf):
+    """Every level: client's latencies, server's split, what the server used."""
+    header = ["model", "concurrency", "infer/s", "served / bare", "mean ms", "p50 ms", "p90 ms", "p95 ms", "p99 ms"]
+    header += ["queue ms", "compute ms", "mean batch", "server CPU cores", "server MiB", "stable"]
+    rows = []
+    for row in perf["rows"]:
+        if "error" in row:
+            rows.append([row["model"], row["concurrency"], f"refused: {row['error']}", *[""] * (len(header) - 3)])
+            continue
+        latencies = (f"{row[f'latency_{k}_ms']:.1f}" for k in ("mean", "p50", "p90", "p95", "p99"))
+        optional = {
+            "served_to_bare": ".2f",
+            "mean_batch_size": ".2f",
+            "server_cpu_cores": ".2f",
+            "server_memory_mib": ".0f",
+        }
+        ratio, batch, cores, memory = (format(row[k], form) if k in row else "" for k, form in optional.items())
+        stable = "yes" if row["stable"] else f"no, {row['spread_percent']:.0f} %"
+        server = (f"{row['server_queue_ms']:.1f}", f"{row['server_compute_ms']:.1f}", batch, cores, memory, stable)
+        rows.append(
+            [row["model"], row["concurrency"], f"{row['throughput_infer_per_s']:.1f}", ratio, *latencies, *server]
+        )
+    return table(header, rows)
+
+
+def best_table(perf):
+    """One row per embedder: its highest throughput, speed-up over ONNX, p99 alone and under load."""
+    levels = {(r["model"], r["concurrency"]): r for r in perf["rows"] if "error" not in r}
+    low, high = (f(c for _, c in levels) for f in (min, max)) if levels else (1, 1)
+    peaks = {}
+    for suffix in EMBEDDERS:
+        own = [r for (name, _), r in levels.items() if name == suffix]
+        if own:
+            peaks[suffix] = max(own, key=lambda r: r["throughput_infer_per_s"])
+    tails = {c: {s: levels[s, c]["latency_p99_ms"] for s in EMBEDDERS if (s, c) in levels} for c in (low, high)}
+
+    def cell(value, form, best):
+        return f"**{value:{form}}**" if value == best else f"{value:{form}}"
+
+    fastest = max((r["throughput_infer_per_s"] for r in peaks.values()), default=None)
+    rows = []
+    for suffix, peak in peaks.items():
+        speed, reference = peak["throughput_infer_per_s"], peaks.get(REFERENCE)
+        ratio = f"{speed / reference['throughput_infer_per_s']:.2f}" if reference else NOT_MEASURED
+        ends = [
+            cell(tails[c][suffix], ".1f", min(tails[c].values())) if suffix in tails[c] else NOT_MEASURED
+            for c in (low, high)
+        ]
+        executed = perf["server"]["engines"][suffix]
+        rows.append([suffix, executed, cell(speed, ".1f", fastest), peak["concurrency"], ratio, *ends])
+    header = [
+        "embedder",
+        "executed by",
+        "highest infer/s",
+        "at concurrency",
+        "speed-up over ONNX",
+        f"p99 ms, concurrency {low}",
+        f"p99 ms, concurrency {high}",
+    ]
+    return f"The best of each column in bold.\n\n{table(header, rows)}"
+
+
+def bare_table(perf):
+    """The graphs without a server, and the ensemble beside the sum of its parts."""
+    bare = perf["bare_infer_per_s"]
+    batches = list(next(iter(bare.values())))
+    rows = [[suffix, *(f"{speeds[b]:.1f}" for b in batches)] for suffix, speeds in bare.items()]
+    text = f"Bare sessions, the same graphs without a server, ONNX Runtime's own defaults, sequences/s:\n\n{table(['graph', *(f'batch {b}' for b in batches)], rows)}"
+    ensemble = next(
+        (r for r in perf["rows"] if r["model"] == "ensemble" and r["concurrency"] == 1 and "error" not in r), None
+    )
+    if ensemble and len(bare) == len(EMBEDDERS):
+        total = sum(1e3 / speeds[batches[0]] for speeds in bare.values())
+        text += (
+            f"\n\nAll five in one request: the ensemble's mean latency at concurrency 1 is {ensemble['latency_mean_ms']:.1f} ms, "
+            f"{ensemble['latency_mean_ms'] / total:.2f} times the sum of the five bare runs at batch 1 ({total:.1f} ms)."
+        )
+    return text
+
+
+def block_tuning(models):
+    """What each setting of the CPU server gives."""
+    parts = []
+    for model in models:
+        record = model["tune"]
+        if not record:
             continue
         rows = []
-        for row in perf["rows"]:
-            cells = [row["embedder"], perf["server"]["engines"][row["embedder"]], row["concurrency"]]
-            if "error" in row:
-                rows.append([*cells, row["error"], "", "", "", "", "", "", ""])
-                continue
-            latencies = (f"{row[f'latency_{k}_ms']:.1f}" for k in ("mean", "p50", "p90", "p95", "p99"))
-            server = (f"{row['server_queue_ms']:.1f}", f"{row['server_compute_ms']:.1f}")
-            rows.append(
-                [*cells, f"{row['throughput_infer_per_s']:.1f}", *latencies, *server, f"{row['mean_batch_size']:.2f}"]
-            )
+        for name, found in record["settings"].items():
+            levels = {(r["model"], r["concurrency"]): r for r in found["rows"] if "error" not in r}
+            bare = max(found["bare_infer_per_s"].get(REFERENCE, {}).values(), default=None)
+            speeds = [
+                number(levels.get((REFERENCE, c), {}).get("throughput_infer_per_s"), ".1f") for c in TUNE_CONCURRENCIES
+            ]
+            tail = levels.get((REFERENCE, 8))
+            tail = f"{tail['latency_p99_ms'] / tail['latency_p50_ms']:.2f}" if tail else NOT_MEASURED
+            ensemble = number(levels.get(("ensemble", 1), {}).get("latency_mean_ms"), ".1f")
+            rows.append([name, *speeds, number(bare, ".1f"), tail, ensemble])
         header = [
-            "embedder",
-            "executed by",
-            "concurrency",
-            "infer/s",
-            "mean ms",
-            "p50 ms",
-            "p90 ms",
-            "p95 ms",
-            "p99 ms",
-            "queue ms",
-            "compute ms",
-            "mean batch",
+            "setting",
+            *(f"ONNX infer/s, concurrency {c}" for c in TUNE_CONCURRENCIES),
+            "bare",
+            "p99 / p50, concurrency 8",
+            "ensemble mean ms",
         ]
-        s = perf["settings"]
-        lead = (
-            f"{caption(perf)}; {s['tool']}, {s['protocol']}, batch size {s['batch_size']}, {s['inputs']}, windows of "
-            f"{s['window_requests']} requests, stable within {s['stability_percent']} %{', quick run' if perf['quick'] else ''}."
-        )
-        note = (
-            "**These are speeds of ONNX Runtime on a CPU executing the typed graphs. They allow no conclusion about TensorRT**, "
-            f"whose speed on a GPU is {NOT_MEASURED} here."
-        )
-        parts.append("\n\n".join([head, lead, *([note] if on_cpu(perf) else []), table(header, rows)]))
-    return "\n\n".join(parts)
+        parts.append(f"**{title(model)}**. {caption(record)}\n\n{table(header, rows)}")
+    return "\n\n".join(parts) or NOT_MEASURED
 
 
 def block_tensorrt(models):
@@ -345,6 +446,7 @@ BLOCKS = {
     "environment": block_environment,
     "deviations": block_deviations,
     "performance": block_performance,
+    "tuning": block_tuning,
     "plans": block_plans,
     "tensorrt": block_tensorrt,
 }
@@ -358,21 +460,20 @@ def relative(model, name):
     return f"results/{model['slug']}/{name}"
 
 
-def draw_deviations(model, path):
+def draw_deviations(model):
     """Empirical distribution of the relative L2 error over texts, one line per plan."""
-    errors = {plan: [] for plan in LINES}
+    errors = {f"TRT_{precision}": [] for precision in PRECISIONS}
     with open(model["folder"] / "quality.csv", newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             if row["relative_l2_error"]:
                 errors[row["plan"]].append(float(row["relative_l2_error"]))
     figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
-    for (plan, style), width in zip(LINES.items(), (2.2, 2.2, 2.2, 2.6), strict=True):
-        values = sorted(errors[plan])
+    for plan, values in errors.items():
+        values.sort()
         exact = sum(v == 0 for v in values)
         label = f"{plan}: exact for {exact} of {len(values)} texts" if exact else plan
-        positive = values[exact:]
-        shares = [(exact + i + 1) / len(values) for i in range(len(positive))]
-        axes.step(positive, shares, style, where="post", linewidth=width, label=label)
+        shares = [(exact + i + 1) / len(values) for i in range(len(values) - exact)]
+        axes.step(values[exact:], shares, linestyle=LINES[plan], where="post", linewidth=2.2, label=label)
     axes.set_xscale("log")
     axes.set(
         xlabel="relative L2 error of a text's EMBEDDING to the ONNX reference", ylabel="share of texts", ylim=(0, 1.02)
@@ -380,22 +481,73 @@ def draw_deviations(model, path):
     axes.set_title(f"{title(model)}: deviation per text", fontsize=10)
     axes.grid(which="both", alpha=0.25)
     axes.legend(fontsize=8)
-    with replace_when_done(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png", metadata={"Description": digest(model)})
+    return figure
+
+
+def draw_performance(model):
+    """Left: throughput against concurrency. Right: p50 and p99 against throughput."""
+    perf = model["perf"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for suffix, marker in MARKERS.items():
+        rows = sorted(
+            (r for r in perf["rows"] if r["model"] == suffix and "error" not in r), key=lambda r: r["concurrency"]
+        )
+        if not rows:
+            continue
+        speeds = [r["throughput_infer_per_s"] for r in rows]
+        style = {"linestyle": LINES[suffix], "marker": marker, "markersize": 5}
+        (line,) = left.plot([r["concurrency"] for r in rows], speeds, label=suffix, **style)
+        for percentile, alpha in (("p50", 0.45), ("p99", 1)):
+            label = f"{suffix} {percentile}"
+            right.plot(
+                speeds,
+                [r[f"latency_{percentile}_ms"] for r in rows],
+                label=label,
+                color=line.get_color(),
+                alpha=alpha,
+                **style,
+            )
+    left.set_xscale("log", base=2)
+    left.xaxis.set_major_formatter("{x:g}")
+    left.set(xlabel="concurrency", ylabel="throughput, infer/s", ylim=(0, None))
+    right.set_yscale("log")
+    right.set(xlabel="throughput, infer/s", ylabel="latency, ms")
+    for axes in (left, right):
+        axes.grid(which="both", alpha=0.25)
+        axes.legend(fontsize=7)
+    engines = ", ".join(dict.fromkeys(perf["server"]["engines"].values()))
+    figure.suptitle(f"{title(model)}; executed by {engines}; {perf['environment']['cpu']}", fontsize=10)
+    return figure
+
+
+# picture -> (what it shows, how it is drawn, the file its data is in)
+PICTURES = {
+    "quality.png": ("quality", draw_deviations, "quality.csv"),
+    "perf.png": ("perf", draw_performance, "perf.json"),
+}
+
+
+def digest(model, data):
+    """SHA-256 of the data behind a picture; it is written into the picture."""
+    return hashlib.sha256((model["folder"] / data).read_bytes()).hexdigest()
+
+
+def save_picture(model, name):
+    """Draw a picture and note in it which data it shows."""
+    _, draw, data = PICTURES[name]
+    figure = draw(model)
+    with replace_when_done(model["folder"] / name) as temporary:
+        figure.savefig(temporary, dpi=120, format="png", metadata={"Description": digest(model, data)})
     plt.close(figure)
 
 
-def digest(model):
-    """SHA-256 of the data behind the picture; it is written into the picture."""
-    return hashlib.sha256((model["folder"] / "quality.csv").read_bytes()).hexdigest()
-
-
-def picture_is_current(model, path):
-    """Whether the picture was drawn from the present data."""
+def picture_is_current(model, name):
+    """Whether a picture was drawn from the present data."""
+    path = model["folder"] / name
     if not path.exists():
         return False
     with Image.open(path) as image:
-        return image.info.get("Description") == digest(model)
+        return image.info.get("Description") == digest(model, PICTURES[name][2])
 
 
 # --- texts ---------------------------------------------------------------------------
@@ -440,11 +592,11 @@ def main():
     texts = {name: block(models) for name, block in BLOCKS.items()}
     stale = []
     for model in models:
-        path = model["folder"] / "quality.png"
-        if model["quality"] and not picture_is_current(model, path):
-            stale.append(path)
-            if not args.check:
-                draw_deviations(model, path)
+        for name, (kind, _, _) in PICTURES.items():
+            if model[kind] and not picture_is_current(model, name):
+                stale.append(model["folder"] / name)
+                if not args.check:
+                    save_picture(model, name)
     for path in args.report:
         content = fill_blocks(path, texts)
         if content != path.read_text(encoding="utf-8"):

@@ -1,13 +1,12 @@
 #!/usr/bin/env python3
-"""Write and check the configs of the Triton model repository.
+"""Check that graphs, configs, tokenizer and plans of the model repository belong together.
 
-Reads:  model_ONNX/1/model.onnx (length and outputs), assets/ for the check.
-Writes: config.pbtxt of the tokenizer, the five embedders and the ensemble.
-Run:    ./repository.py --check --engine onnx
+Reads:  model_repository/, assets/ beside it.
+Writes: nothing; torch2onnx.py calls write_repository, which makes the configs.
+Run:    ./repository.py --engine onnx
 Prints: "model_repository: 7 models, length 128, 2 outputs, graphs and configs agree"
 
-torch2onnx.py calls write_repository after each export, serve.sh runs --check before each
-start. --engine says what the TensorRT models are served from: onnx (typed graphs, on a
+serve.sh runs it before each start. --engine says what the TensorRT models are served from: onnx (typed graphs, on a
 CPU) or plan (TensorRT plans, on a GPU).
 """
 
@@ -16,6 +15,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import onnx
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
@@ -48,12 +48,26 @@ FIELD_ORDER = (
     "dynamic_batching",
     "instance_group",
     "ensemble_scheduling",
+    "model_warmup",
 )
 COMMENTS = {
+    "dynamic_batching": "no preferred size: Triton's guide keeps that for several optimization profiles; no delay:\n"
+    "# tune.py measures what it costs a lone request and brings under load",
+    "instance_group": "one per device: a second one halves a lone request's cores (tune.py) or doubles GPU memory",
+    "model_warmup": "a real text at the smallest and the largest batch, so that no request pays for the first run",
     "max_batch_size": "the largest batch of the plans: --maxShapes of build_trt.sh",
     "input": "the dims below are those of the export: torch2onnx.py --max-length, --num-outputs",
 }
 PINNED_TENSORRT = "10.16.1"  # of the image that serve.sh and build_trt.sh name; a plan loads on its own version only
+MANIFEST_KEYS = (
+    "graph",
+    "graph_sha256",
+    "reference_sha256",
+    "plan_sha256",
+    "gpu",
+    "compute_capability",
+    "tensorrt_version",
+)
 TRITON_TENSORRT = {"2.69.0": PINNED_TENSORRT}
 DATA_TYPES = {onnx.TensorProto.INT64: pb.TYPE_INT64, onnx.TensorProto.FLOAT: pb.TYPE_FP32}
 
@@ -86,6 +100,12 @@ def embedder_config(suffix, length, num_outputs):
     config.output.add(name=EMBEDDING, data_type=pb.TYPE_FP32, dims=[length, num_outputs])
     config.dynamic_batching.SetInParent()
     config.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_AUTO)
+    for batch in (1, MAX_BATCH_SIZE):
+        warmup = config.model_warmup.add(name=f"batch {batch}", batch_size=batch)
+        for name in (INPUT_IDS, ATTENTION_MASK):
+            tensor = warmup.inputs[name]
+            tensor.data_type, tensor.input_data_file = pb.TYPE_INT64, name
+            tensor.dims.append(length)
     return config
 
 
@@ -105,6 +125,9 @@ def ensemble_config(length, num_outputs):
 
 def config_text(config):
     """The config as text protobuf: decided fields only, in one order, comments above them."""
+    unknown = [field.name for field, _ in config.ListFields() if field.name not in FIELD_ORDER]
+    if unknown:
+        raise ValueError(f"{config.name}: expected fields of FIELD_ORDER, found {unknown}")
     lines = []
     for field in FIELD_ORDER:
         part = pb.ModelConfig()
@@ -118,10 +141,11 @@ def config_text(config):
     return "\n".join(lines) + "\n"
 
 
-def write_repository(repository, length, num_outputs):
+def write_repository(repository, length, num_outputs, warmup):
     """Write the seven configs for this length and number of outputs, and what they need.
 
-    A repository elsewhere also gets the tokenizer's model.py; the project's own has it.
+    warmup: {INPUT_IDS: int64 [length], ATTENTION_MASK: …} of one real text. A repository
+    elsewhere also gets the tokenizer's model.py; the project's own has it.
     """
     configs = [tokenizer_config(length), ensemble_config(length, num_outputs)]
     configs += [embedder_config(suffix, length, num_outputs) for suffix in EMBEDDERS]
@@ -130,6 +154,10 @@ def write_repository(repository, length, num_outputs):
         (path.parent / "1").mkdir(parents=True, exist_ok=True)
         with replace_when_done(path) as temporary:
             temporary.write_text(config_text(config))
+    for model in EMBEDDERS.values():
+        for name, values in warmup.items():
+            with replace_when_done(repository / model / "warmup" / name) as temporary:
+                temporary.write_bytes(np.asarray(values, dtype="<i8").tobytes())  # as Triton reads it
     code = Path("tokenizer/1/model.py")
     if repository.resolve() != REPOSITORY:
         shutil.copyfile(REPOSITORY / code, repository / code)
@@ -183,12 +211,19 @@ def check_embedder(repository, suffix, reference_sha256, engine):
     graph_path, config_path = folder / "1" / "model.onnx", folder / "config.pbtxt"
     config = read_config(config_path)
     graph = read_graph(graph_path)
+    for name in (INPUT_IDS, ATTENTION_MASK):
+        if not (folder / "warmup" / name).is_file():
+            raise SystemExit(f"{folder / 'warmup' / name}: expected the warm-up input, found none; run torch2onnx.py")
     if graph_tensors(graph) != tensors(config):
         raise SystemExit(
             f"{config_path}: expected the tensors of {graph_path}, {describe(graph_tensors(graph))}; "
             f"found {describe(tensors(config))}; run torch2onnx.py, then quantize.py"
         )
-    made_from = {p.key: p.value for p in graph.metadata_props}.get("reference_sha256") or sha256(graph_path)
+    properties = {p.key: p.value for p in graph.metadata_props}
+    expected = suffix.removeprefix("TRT_")
+    if properties.get("precision", expected if expected in (REFERENCE, "FP32") else REFERENCE) != expected:
+        raise SystemExit(f"{graph_path}: expected a graph in {expected}, found another; run quantize.py")
+    made_from = properties.get("reference_sha256") or sha256(graph_path)
     if made_from != reference_sha256:
         raise SystemExit(
             f"{graph_path}: expected a graph made from {repository / EMBEDDERS[REFERENCE]}/1/model.onnx "
@@ -219,6 +254,9 @@ def check_plan(repository, precision, reference_sha256, gpu=None, tensorrt_versi
     if not plan.exists():
         raise SystemExit(f"{plan}: expected a TensorRT plan, found none; {remedy}")
     manifest = read_json(path, remedy)
+    missing = [key for key in MANIFEST_KEYS if key not in manifest]
+    if missing or not (repository / manifest["graph"]).is_file():
+        raise SystemExit(f"{path}: expected a whole manifest and its graph, found {missing or 'no graph'}; {remedy}")
 
     def compare(what, expected, found):
         if expected != found:
@@ -299,21 +337,14 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repository", type=Path, default=REPOSITORY)
     parser.add_argument("--assets", type=Path, default=None, help="default: assets/ beside the repository")
-    parser.add_argument("--check", action="store_true", help="check instead of writing")
     parser.add_argument("--engine", choices=("onnx", "plan"), default="onnx")
-    parser.add_argument("--max-length", type=int, default=128, help="when writing")
-    parser.add_argument("--num-outputs", type=int, default=2, help="when writing")
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    if args.check:
-        assets = args.assets or args.repository.resolve().parent / ASSETS.relative_to(ROOT)
-        print(f"{check_repository(args.repository, assets, args.engine)}, graphs and configs agree")
-    else:
-        write_repository(args.repository, args.max_length, args.num_outputs)
-        print(f"{args.repository.name}: configs written")
+    assets = args.assets or args.repository.resolve().parent / ASSETS.relative_to(ROOT)
+    print(f"{check_repository(args.repository, assets, args.engine)}, graphs and configs agree")
 
 
 if __name__ == "__main__":

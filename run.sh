@@ -25,7 +25,7 @@ fail() {
 usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 parse_args() {
-  export_options=(--packaged-if-offline) quality_options=() perf_options=()
+  export_options=(--packaged-if-offline) quality_options=() perf_options=() compile_options=()
   http_port=8000 grpc_port=8001 metrics_port=8002
   while [ $# -gt 0 ]; do
     case $1 in
@@ -35,7 +35,7 @@ parse_args() {
     esac
     case $1 in
       -h | --help) usage && exit 0 ;;
-      --quick) quality_options+=(--max-texts 32) perf_options+=(--quick) ;;
+      --quick) quality_options+=(--max-texts 32) perf_options+=(--quick) compile_options+=(--architectures SM86) ;;
       --random-weights) export_options+=("$1") ;;
       --model | --max-length) export_options+=("$1" "$2") && shift ;;
       --http-port) http_port=$2 && shift ;;
@@ -54,7 +54,8 @@ step() {
   log=$LOGS/$name.log
   echo "== $name"
   "$@" 2>&1 | tee "$log" || status=$?
-  [ "$status" -eq 0 ] && return
+  # 3: measured to the end, with unstable levels marked in the report
+  [ "$status" -eq 0 ] || [ "$name:$status" = perf:3 ] && return
   echo "--- end of $log" >&2
   tr '\r' '\n' <"$log" | tail -n 15 >&2
   fail "step $name failed (exit $status)" 1
@@ -69,7 +70,7 @@ main() {
   trap './serve.sh stop --http-port "$http_port" >/dev/null' EXIT
   step export "$PYTHON" torch2onnx.py "${export_options[@]}"
   step quantize "$PYTHON" quantize.py
-  step compile "$PYTHON" compile_check.py
+  step compile "$PYTHON" compile_check.py "${compile_options[@]}"
   step serve ./serve.sh start --device cpu --http-port "$http_port" --grpc-port "$grpc_port" --metrics-port "$metrics_port"
   step quality "$PYTHON" client.py --url "127.0.0.1:$http_port" "${quality_options[@]}"
   step perf "$PYTHON" perf.py --url "127.0.0.1:$grpc_port" "${perf_options[@]}"

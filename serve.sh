@@ -82,7 +82,7 @@ check() {
   [ "$device" = cpu ] || engine=plan
   [ -d "$repository" ] || fail "--model-repository: expected a folder, found none at $repository"
   repository=$(cd "$repository" && pwd)
-  "$python" "$ROOT/repository.py" --check --engine "$engine" --repository "$repository" || exit 1
+  "$python" "$ROOT/repository.py" --engine "$engine" --repository "$repository" || exit 1
   for port in "$http_port" "$grpc_port" "$metrics_port"; do
     if (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
       fail "port $port: expected it free, found a program listening; stop it or choose --http-port, --grpc-port, --metrics-port"
@@ -160,9 +160,14 @@ start() {
 # Triton ends by itself on SIGTERM; kill only after a while.
 end_server() {
   kill -TERM "$1" 2>/dev/null || return 0
-  local deadline=$((SECONDS + 30))
-  while kill -0 "$1" 2>/dev/null; do
-    [ "$SECONDS" -lt "$deadline" ] || kill -KILL -- "-$1" 2>/dev/null || kill -KILL "$1" 2>/dev/null || true
+  local deadline=$((SECONDS + 40))
+  # a zombie is gone too: in a container nobody may be there to reap it
+  while [ -n "$(start_time "$1")" ] && ! grep -q '^State:.Z' "/proc/$1/status" 2>/dev/null; do
+    if [ "$SECONDS" -ge "$deadline" ]; then
+      docker rm --force "triton-$http_port" >/dev/null 2>&1 || true
+      kill -KILL -- "-$1" 2>/dev/null || kill -KILL "$1" 2>/dev/null || true
+      return
+    fi
     sleep 0.2
   done
 }

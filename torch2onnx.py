@@ -14,6 +14,7 @@ Only safetensors are read and no code of a checkpoint is executed.
 import argparse
 import ast
 import contextlib
+import filecmp
 import importlib.util
 import io
 import logging
@@ -318,27 +319,36 @@ def export_tokenizer(tokenizer, max_length, assets):
     The stock Triton container has no tokenizers package; it is one abi3 library, so a
     copy of the installed one serves there too.
     """
-    folder = assets / "tokenizer"
-    temporary = assets / f"tokenizer.{os.getpid()}.tmp"
-    tokenizer.save_pretrained(temporary)
-    path = temporary / "tokenizer.json"
-    if not path.is_file():
-        raise SystemExit(
-            f"{tokenizer.name_or_path}: expected a tokenizer that saves tokenizer.json, found {os.listdir(temporary)}"
-        )
-    fixed = tokenizers.Tokenizer.from_file(str(path))
-    fixed.enable_truncation(max_length)
-    fixed.enable_padding(length=max_length, pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
-    fixed.save(str(path))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    with replace_folder_when_done(assets / "tokenizer") as temporary:
+        tokenizer.save_pretrained(temporary)
+        path = temporary / "tokenizer.json"
+        if not path.is_file():
+            raise SystemExit(
+                f"{tokenizer.name_or_path}: expected a tokenizer that saves tokenizer.json, found {os.listdir(temporary)}; "
+                "name a checkpoint with a fast tokenizer"
+            )
+        fixed = tokenizers.Tokenizer.from_file(str(path))
+        fixed.enable_truncation(max_length)
+        fixed.enable_padding(length=max_length, pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
+        fixed.save(str(path))
     package = Path(tokenizers.__file__).parent
-    shutil.copytree(
-        package,
-        assets / "site-packages" / "tokenizers",
-        dirs_exist_ok=True,
-        ignore=shutil.ignore_patterns("__pycache__"),
-    )
+    copy = assets / "site-packages" / "tokenizers"
+    comparison = filecmp.dircmp(package, copy, ignore=["__pycache__"]) if copy.is_dir() else None
+    if comparison is None or comparison.left_only or comparison.diff_files:
+        with replace_folder_when_done(copy) as temporary:
+            shutil.copytree(package, temporary, ignore=shutil.ignore_patterns("__pycache__"))
+
+
+@contextlib.contextmanager
+def replace_folder_when_done(folder):
+    """common.replace_when_done for a folder; a running server keeps the files it has open."""
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def parse_args():
@@ -385,7 +395,9 @@ def main():
         raise
     print(f"ONNX Runtime agrees with torch: max abs error {error:.2g} at batch {', '.join(map(str, CHECK_BATCHES))}")
     export_tokenizer(tokenizer, args.max_length, args.assets)
-    write_repository(args.repository, args.max_length, args.num_outputs)
+    ids, mask = tokenize(tokenizer, ["A real text, for the first run of each model."], args.max_length)
+    warmup = {INPUT_IDS: ids[0].numpy(), ATTENTION_MASK: mask[0].numpy()}
+    write_repository(args.repository, args.max_length, args.num_outputs, warmup)
     card |= {"opset": OPSET, "max_abs_error_to_torch": error, "reference_sha256": sha256(path)}
     write_json(args.assets / "model.json", card | {"environment": environment_record()})
     print(path)

@@ -53,7 +53,7 @@ def test_weights_of_matmuls_have_the_precision_of_the_graph(exported, precision,
 def test_int8_is_on_weight_matmuls_only_and_on_most_of_them(exported, precision):
     reference = onnx.load(exported.repository / "model_ONNX/1/model.onnx")
     shapes = quantize.weight_matmuls(reference)
-    allowed = set(shapes) - quantize.after_activation(reference)
+    allowed = {name: shape for name, shape in shapes.items() if name not in quantize.after_activation(reference)}
     found = quantize.check_quantization(precision, load(exported, precision), allowed)
     assert len(shapes) == 37 and len(allowed) == 31  # 6 layers of 6 and the head; 6 follow GELU
     assert quantize.flops_share(found, shapes) > 0.6
@@ -76,12 +76,15 @@ def small_quantized_graph(zero_point, kind):
 
 
 def test_check_accepts_signed_symmetric_and_refuses_the_rest():
-    assert quantize.check_quantization("g", small_quantized_graph(0, TensorProto.INT8), {"matmul"}) == {"matmul"}
+    asked = {"matmul": (4, 4)}
+    assert quantize.check_quantization("g", small_quantized_graph(0, TensorProto.INT8), asked) == {"matmul"}
     for zero_point, kind in ((3, TensorProto.INT8), (0, TensorProto.UINT8)):
         with pytest.raises(SystemExit, match="signed INT8 with zero point 0 at quantize_x"):
-            quantize.check_quantization("g", small_quantized_graph(zero_point, kind), {"matmul"})
-    with pytest.raises(SystemExit, match="not asked for"):
-        quantize.check_quantization("g", small_quantized_graph(0, TensorProto.INT8), set())
+            quantize.check_quantization("g", small_quantized_graph(zero_point, kind), asked)
+    with pytest.raises(SystemExit, match="asked for, found it on matmul"):
+        quantize.check_quantization("g", small_quantized_graph(0, TensorProto.INT8), {"another": (4, 4)})
+    with pytest.raises(SystemExit, match="at least 95% of the FLOPs"):
+        quantize.check_quantization("g", small_quantized_graph(0, TensorProto.INT8), asked | {"another": (4, 4)})
 
 
 def test_calibration_rows_hold_no_padding(exported):

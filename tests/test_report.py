@@ -16,6 +16,10 @@ PERF_ROW = {
     "server_queue_ms": 0.1,
     "server_compute_ms": 18.0,
     "mean_batch_size": 1.0,
+    "batch_size": 1,
+    "spread_percent": 3.0,
+    "stable": True,
+    "served_to_bare": 0.9,
 }
 TEXT = "# Title\n\nprose 12.5\n\n<!-- begin results -->\nold\n<!-- end results -->\n\n<!-- begin performance -->\n<!-- end performance -->\n"
 
@@ -66,11 +70,12 @@ def write_perf(place, engines, rows):
     quality = json.loads((folder / "quality.json").read_text())
     record = {key: quality[key] for key in ("model", "environment")}
     record |= {"server": quality["server"] | {"engines": engines}, "quick": False, "rows": rows}
+    record["bare_infer_per_s"] = {"TRT_FP16": {"1": 55.0, "8": 56.0}}
     record["settings"] = {
-        "tool": "perf_analyzer",
         "protocol": "grpc",
-        "stability_percent": 15,
-        "window_requests": 50,
+        "stability_percent": 10,
+        "window_s": 3,
+        "windows": 3,
         "batch_size": 1,
         "inputs": "texts",
     }
@@ -80,15 +85,24 @@ def write_perf(place, engines, rows):
 def test_speeds_of_a_cpu_are_never_shown_as_those_of_tensorrt(place):
     engines = {s: "ONNX Runtime, CPU" for s in ("ONNX", "TRT_FP32", "TRT_FP16", "TRT_INT8", "TRT_BEST")}
     rows = [
-        {"embedder": "TRT_FP16", "concurrency": 1, **PERF_ROW},
-        {"embedder": "TRT_INT8", "concurrency": 1, "error": "unstable"},
+        {"model": "TRT_FP16", "concurrency": 1, **PERF_ROW},
+        {"model": "TRT_INT8", "concurrency": 1, "error": "called by others"},
     ]
     write_perf(place, engines, rows)
     assert report(place).returncode == 0
     text = (place / "report.md").read_text()
     assert "no conclusion about TensorRT" in text
-    assert "| TRT_FP16 | ONNX Runtime, CPU | 1 | 50.0 |" in text
-    assert "| TRT_INT8 | ONNX Runtime, CPU | 1 | unstable |" in text
+    assert "| TRT_FP16 | 1 | 50.0 | 0.90 |" in text
+    assert "| TRT_INT8 | 1 | refused: called by others |" in text
+    assert "| TRT_FP16 | ONNX Runtime, CPU | **50.0** |" in text
+
+
+def test_an_unstable_level_is_marked_in_the_report(place):
+    engines = {s: "ONNX Runtime, CPU" for s in ("ONNX", "TRT_FP32", "TRT_FP16", "TRT_INT8", "TRT_BEST")}
+    row = {"model": "ONNX", "concurrency": 1, **PERF_ROW, "stable": False, "spread_percent": 31.0}
+    write_perf(place, engines, [row])
+    assert report(place).returncode == 0
+    assert "| no, 31 % |" in (place / "report.md").read_text()
 
 
 def test_measurements_of_two_exports_are_not_put_together(place):

@@ -1,5 +1,6 @@
 """repository.py: the committed configs, and every disagreement it has to name."""
 
+import numpy as np
 import onnx
 from conftest import ROOT, copy_repository, run
 
@@ -19,7 +20,8 @@ def test_committed_configs_are_what_the_script_writes():
 
 
 def test_written_configs_are_read_back_by_tritons_protobuf(tmp_path):
-    repository.write_repository(tmp_path, 40, 5)
+    warmup = {name: np.arange(40) for name in ("INPUT_IDS", "ATTENTION_MASK")}
+    repository.write_repository(tmp_path, 40, 5, warmup)
     for config in written_configs(40, 5):
         assert repository.read_config(tmp_path / config.name / "config.pbtxt") == config
     assert (tmp_path / "tokenizer/1/model.py").read_bytes() == (
@@ -35,7 +37,7 @@ def test_configs_agree_with_the_signatures_of_the_graphs(exported):
 
 
 def check(folder, *options):
-    return run("repository.py", "--check", "--repository", folder, *options)
+    return run("repository.py", "--repository", folder, *options)
 
 
 def test_agreement_is_said(exported):
@@ -81,7 +83,7 @@ def test_a_graph_of_an_older_export_is_named(exported, tmp_path):
     path = folder / "model_TRT_BEST/1/model.onnx"
     graph = onnx.load(path)
     path.unlink()  # a link to the graph that other tests use
-    onnx.helper.set_model_props(graph, {"reference_sha256": "0" * 64})
+    onnx.helper.set_model_props(graph, {"reference_sha256": "0" * 64, "precision": "BEST"})
     onnx.save(graph, path)
     refuse(folder, str(path), "made from 000000000000", "quantize.py")
 

@@ -43,7 +43,7 @@ def test_quick_run_ends_with_a_table_and_an_updated_report(copy):
     assert "WARNING" in done.stdout and "going on with all-MiniLM-L6-v2" in done.stdout
     assert "| TRT_BEST | ONNX Runtime, CPU |" in done.stdout
     record = json.loads((copy / "results/all-MiniLM-L6-v2/perf.json").read_text())
-    assert record["quick"] and len(record["rows"]) == 10
+    assert record["quick"] and len(record["rows"]) == 14
     for name in ("report.md", "README.md"):
         assert record["environment"]["utc"][:10] in (copy / name).read_text()
     processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout

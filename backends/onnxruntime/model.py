@@ -2,7 +2,8 @@
 
 Serves `platform: "onnxruntime_onnx"` where Triton has no compiled ONNX Runtime backend.
 Reads <model>/<version>/model.onnx; names, types and shapes come from the model's config.
-Understands the compiled backend's parameter intra_op_thread_count.
+Understands the compiled backend's parameter intra_op_thread_count, and spinning (see
+common.open_session).
 """
 
 import json
@@ -28,9 +29,11 @@ class TritonPythonModel:
         self.output_types = [pb_utils.triton_string_to_numpy(tensor["data_type"]) for tensor in config["output"]]
         self.batches = config["max_batch_size"] > 0
         path = Path(args["model_repository"]) / args["model_version"] / "model.onnx"
-        threads = config.get("parameters", {}).get("intra_op_thread_count", {}).get("string_value", "0")
+        settings = {key: value["string_value"] for key, value in config.get("parameters", {}).items()}
+        threads = int(settings.get("intra_op_thread_count", 0))
+        options = {"spinning": settings["spinning"]} if "spinning" in settings else {}
         try:
-            self.session = open_session(path, int(threads))
+            self.session = open_session(path, threads, **options)
         except Exception as error:  # ONNX Runtime's exceptions share no other base
             raise pb_utils.TritonModelException(
                 f"{path}: expected a graph that ONNX Runtime loads, found: {error}"
@@ -52,8 +55,9 @@ class TritonPythonModel:
         try:
             results = self.session.run(self.outputs, feeds)
         except Exception as error:  # as above
-            failure = pb_utils.TritonError(f"ONNX Runtime: {error}")
-            return [pb_utils.InferenceResponse(error=failure) for _ in requests]
+            if len(requests) > 1:  # one bad request must not fail its neighbours
+                return [self.run([request])[0] for request in requests]
+            return [pb_utils.InferenceResponse(error=pb_utils.TritonError(f"ONNX Runtime: {error}"))]
         results = [result.astype(kind, copy=False) for result, kind in zip(results, self.output_types, strict=True)]
         if len(requests) == 1:
             return [self.response(results)]
