@@ -73,20 +73,21 @@ parse_args() {
   plans=("$python" "$ROOT/plans.py" --repository "$repository" --assets "$(dirname "$repository")/assets" --results "$results")
 }
 
-# Sets trtexec (the command) and models, logs (the folders as that command sees them).
+# Sets trtexec (the command), and models and cache as that command sees them.
 find_trtexec() {
-  models=$repository logs=$LOGS
+  models=$repository
   local found
+  [ -n "$docker" ] || [ -z "${TRTEXEC:-}" ] || [ -x "$TRTEXEC" ] || fail "\$TRTEXEC: expected a program, found none at $TRTEXEC"
   for found in "${TRTEXEC:-}" "$(command -v trtexec || true)" "$IN_IMAGE"; do
     if [ -z "$docker" ] && [ -n "$found" ] && [ -x "$found" ]; then
       trtexec=("$found")
       return
     fi
   done
-  [ -z "${TRTEXEC:-}" ] || [ -n "$docker" ] || fail "\$TRTEXEC: expected a program, found none at $TRTEXEC"
   # --user: the files in the mounted folders belong to whoever builds
-  trtexec=(docker run --rm --gpus all --user "$(id -u):$(id -g)" -v "$repository:/models" -v "$LOGS:/build" "$IMAGE" "$IN_IMAGE")
-  models=/models logs=/build
+  trtexec=(docker run --rm --init --gpus all --user "$(id -u):$(id -g)" -v "$repository:/models" -v "$(dirname "$cache"):/cache" "$IMAGE" "$IN_IMAGE")
+  models=/models
+  cache=/cache/$(basename "$cache")
   [ -n "$dry_run" ] && return
   docker info >/dev/null 2>&1 || fail "expected trtexec or a running Docker, found neither; three ways on: 1. TRTEXEC=/path/to/trtexec; 2. install TensorRT, whose trtexec lies in /usr/src/tensorrt/bin; 3. install Docker and the NVIDIA container toolkit"
 }
@@ -96,8 +97,12 @@ read_version() {
   if [ -n "$dry_run" ] && [ "${trtexec[0]}" = docker ]; then
     version=101601 # the pinned image's
   else
-    version=$("${trtexec[@]}" --help 2>&1 | sed -n 's/.*\[TensorRT v\([0-9]*\)\].*/\1/p' | head -n 1) || true
-    [ -n "$version" ] || fail "${trtexec[*]}: expected a line with its TensorRT version, found none; run it by hand with --help"
+    "${trtexec[@]}" --help >"$LOGS/version.log" 2>&1 || true
+    version=$(sed -n '/\[TensorRT v[0-9]/{s/.*\[TensorRT v\([0-9]*\)\].*/\1/p;q}' "$LOGS/version.log")
+    if [ -z "$version" ]; then
+      tail -n 5 "$LOGS/version.log" >&2
+      fail "${trtexec[*]}: expected a line with its TensorRT version, found none: $(explain "$LOGS/version.log")"
+    fi
   fi
   major=$((version / 10000))
   [ "$major" -ge 10 ] || fail "${trtexec[*]}: expected TensorRT 10 or later, found version $version; use --docker"
@@ -137,7 +142,7 @@ make_command() {
     --skipInference
     --profilingVerbosity=detailed
     "--exportLayerInfo=$3"
-    "--timingCacheFile=${cache/#$LOGS/$logs}"
+    "--timingCacheFile=$cache"
     ${flags[@]+"${flags[@]}"}
     ${tf32[@]+"${tf32[@]}"}
     ${workspace[@]+"${workspace[@]}"}
@@ -148,7 +153,9 @@ check_space() {
   local needed available
   needed=$((2 * $(stat -c %s "$repository/$graph") / 1024))
   available=$(df -Pk "$repository" | awk 'NR == 2 {print $4}')
-  [ "$available" -ge "$needed" ] || fail "$repository: expected $((needed / 1024)) MiB of free disk, found $((available / 1024)) MiB; free some"
+  [ "$available" -ge "$needed" ] && return
+  echo "build_trt.sh: $repository: expected $((needed / 1024)) MiB of free disk, found $((available / 1024)) MiB; free some" >&2
+  return 1
 }
 
 # One clear line for the failures that machines without a fitting GPU give.
@@ -165,11 +172,13 @@ explain() {
 }
 
 build() {
+  local plain_here=''
+  [[ $1 =~ INT8|BEST ]] && plain_here=$plain
   local precision=$1 folder=$repository/model_TRT_$1/1 log=$LOGS/$1.log started=$SECONDS name
   name=.$1.$$.tmp # hidden neighbours of the plan, removed whatever happens
   temporary=("$folder/model.plan$name" "$folder/layers.json$name")
   make_command "$precision" "$models/model_TRT_$precision/1/model.plan$name" "$models/model_TRT_$precision/1/layers.json$name"
-  check_space
+  check_space || return 1
   echo "building $precision, minutes (log: $log)" >&2
   if ! "${command[@]}" >"$log" 2>&1; then
     tail -n 10 "$log" >&2
@@ -178,7 +187,7 @@ build() {
   fi
   [ -s "${temporary[0]}" ] || { echo "build_trt.sh: $precision: expected a plan, found none or an empty file; see $log" >&2 && return 1; }
   "${plans[@]}" record --precision "$precision" --graph "$repository/$graph" --plan "${temporary[0]}" \
-    --layers "${temporary[1]}" --log "$log" --built-as "$built_as" $plain --seconds $((SECONDS - started)) -- "${command[@]}"
+    --layers "${temporary[1]}" --log "$log" --built-as "$built_as" $plain_here --seconds $((SECONDS - started)) -- "${command[@]}"
 }
 
 clean() { rm -f ${temporary[@]+"${temporary[@]}"}; }

@@ -6,6 +6,7 @@ in which files are written. Everything else lives in the script that needs it.
 
 import contextlib
 import copy
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -54,6 +55,10 @@ def replace_when_done(path):
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise SystemExit(f"{path}: expected room for it on the disk, found: {error.strerror}; free some") from None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -19,16 +19,13 @@ name), from the tritonclient wheel that carries it; with --docker from the pinne
 import argparse
 import contextlib
 import csv
-import importlib.util
 import json
-import os
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -44,25 +41,24 @@ from common import (
     INPUT_IDS,
     REPOSITORY,
     RESULTS,
-    ROOT,
     TEXT,
     TEXTS,
     environment_record,
     open_session,
     read_json,
     read_texts,
-    replace_when_done,
     write_json,
 )
+from perf_tool import SDK_IMAGE, find_perf_analyzer
 from repository import check_served_plans
 
 MODELS = EMBEDDERS | {"tokenizer": "tokenizer", "ensemble": "ensemble"}
 CONCURRENCIES = (1, 2, 4, 8, 16, 32)
 BARE_BATCHES = (1, 8)
 WINDOWS = 3
+WINDOW_TRIES = 3  # of a window in which perf_analyzer hangs
+WARMUP_TIMEOUT_S = 90
 EXIT_UNSTABLE = 3  # everything was measured; some levels are marked
-WHEEL = "tritonclient==2.51.0"  # later wheels no longer carry the binary
-SDK_IMAGE = "nvcr.io/nvidia/tritonserver:26.05-py3-sdk"
 LATENCIES = {  # perf_analyzer's CSV, in microseconds -> ours
     "p50 latency": "latency_p50_ms",
     "p90 latency": "latency_p90_ms",
@@ -70,80 +66,6 @@ LATENCIES = {  # perf_analyzer's CSV, in microseconds -> ours
     "p99 latency": "latency_p99_ms",
     "Avg latency": "latency_mean_ms",
 }
-
-
-# --- perf_analyzer -------------------------------------------------------------------
-
-
-def find_perf_analyzer(docker, shared):
-    """(command, environment) of a working perf_analyzer; fetches it once where there is none.
-
-    shared: folder that the container has to see under the same name.
-    """
-    if docker:
-        if not shutil.which("docker") or subprocess.run(["docker", "info"], capture_output=True).returncode:
-            raise SystemExit("--docker: expected a running Docker, found none; install it, or leave --docker out")
-        user = f"{os.getuid()}:{os.getgid()}"
-        return [
-            "docker",
-            "run",
-            "--rm",
-            "--net=host",
-            f"--user={user}",
-            "-v",
-            f"{shared}:{shared}",
-            SDK_IMAGE,
-            "perf_analyzer",
-        ], dict(os.environ)
-    found = shutil.which("perf_analyzer")
-    if found and runs(found, os.environ):
-        return [found], dict(os.environ)
-    folder = ROOT / "build" / "perf_analyzer"
-    libraries = os.pathsep.join(filter(None, [str(folder), os.environ.get("LD_LIBRARY_PATH")]))
-    environment = dict(os.environ, LD_LIBRARY_PATH=libraries)
-    binary = folder / "perf_analyzer"
-    if not binary.exists():
-        fetch_perf_analyzer(binary)
-    link_libraries(folder)
-    if not runs(binary, environment):
-        raise SystemExit(
-            f"{binary}: expected a program that runs, found one that does not; put perf_analyzer on PATH, or use --docker"
-        )
-    return [str(binary)], environment
-
-
-def runs(binary, environment):
-    """Whether it answers --version."""
-    with contextlib.suppress(OSError):
-        return subprocess.run([binary, "--version"], env=environment, capture_output=True).returncode == 0
-    return False
-
-
-def fetch_perf_analyzer(binary):
-    """Take the program out of the tritonclient wheel."""
-    print(f"fetching perf_analyzer from {WHEEL}", file=sys.stderr)
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, WHEEL]
-        if subprocess.run(command).returncode:
-            raise SystemExit(
-                f"perf_analyzer: expected {WHEEL} from pip, found it failing; put perf_analyzer on PATH, or use --docker"
-            )
-        (wheel,) = Path(folder).glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            (name,) = (n for n in archive.namelist() if n.endswith("/bin/perf_analyzer"))
-            with replace_when_done(binary) as temporary:
-                temporary.write_bytes(archive.read(name))
-                temporary.chmod(0o755)
-
-
-def link_libraries(folder):
-    """Two libraries that the binary needs lie in nvidia-pytriton under hashed names."""
-    spec = importlib.util.find_spec("pytriton")
-    libraries = Path(spec.submodule_search_locations[0]).parent / "nvidia_pytriton.libs" if spec else Path()
-    for name, pattern in {"libcudart.so.12": "libcudart-*.so.12*", "libb64.so.0d": "libb64-*.so.0d"}.items():
-        for library in libraries.glob(pattern):
-            (folder / name).unlink(missing_ok=True)
-            (folder / name).symlink_to(library)
 
 
 # --- inputs --------------------------------------------------------------------------
@@ -179,6 +101,10 @@ def write_inputs(texts, ids, mask, folder):
 
 class Refused(Exception):
     """A window that must not become a number."""
+
+
+class Hung(Refused):
+    """perf_analyzer did not end. With a given number of requests it sometimes waits for ever."""
 
 
 def read_statistics(args):
@@ -269,8 +195,8 @@ def cpu_seconds(processes):
 # --- measuring -----------------------------------------------------------------------
 
 
-def run_window(tool, args, model, concurrency, inputs, requests, csv_path):
-    """One window of exactly `requests` requests -> its row. Raises Refused."""
+def run_window(tool, args, model, concurrency, inputs, requests, csv_path, timeout_s):
+    """One window of exactly `requests` requests -> its row. Raises Refused, Hung after timeout_s."""
     command, environment = tool
     command = [*command, "-m", model, "-i", args.protocol, "-u", args.url, "--input-data", str(inputs)]
     command += ["--concurrency-range", str(concurrency), "-b", str(args.batch_size)]
@@ -281,7 +207,10 @@ def run_window(tool, args, model, concurrency, inputs, requests, csv_path):
     times_path.unlink(missing_ok=True)
     processes = find_server_processes(args.url)
     before, cpu = read_statistics(args), cpu_seconds(processes)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        raise Hung(f"perf_analyzer: expected it to end within {timeout_s:.0f} s, found it waiting") from None
     if done.returncode or not csv_path.exists() or not times_path.exists():
         lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
         raise Refused(f"perf_analyzer: {lines[-1]}")
@@ -312,17 +241,22 @@ def read_seconds(path, requests):
 def measure(tool, args, model, concurrency, inputs, csv_path):
     """Windows of one level -> its row; {"error": …} in it where no window may count."""
     row = {"concurrency": concurrency, "batch_size": args.batch_size}
+
+    def window(requests, timeout_s):
+        for attempt in range(WINDOW_TRIES):
+            try:
+                return run_window(tool, args, model, concurrency, inputs, requests, csv_path, timeout_s)
+            except Hung:
+                if attempt == WINDOW_TRIES - 1:
+                    raise
+
     try:
         # the first window warms up and tells how many requests fill the others
-        speed = run_window(tool, args, model, concurrency, inputs, max(8, concurrency), csv_path)[
-            "throughput_infer_per_s"
-        ]
-        least = (2 if args.quick else 4) * concurrency
-        requests = max(16, least, round(args.window_s * speed / args.batch_size))
+        speed = window(max(8, 2 * concurrency), WARMUP_TIMEOUT_S)["throughput_infer_per_s"] / args.batch_size
+        requests = max(16, (2 if args.quick else 4) * concurrency, round(args.window_s * speed))
         for longer in (1,) if args.quick else (1, 2):
-            windows = []
-            for _ in range(WINDOWS):
-                windows.append(run_window(tool, args, model, concurrency, inputs, requests * longer, csv_path))
+            timeout_s = 30 + 5 * requests * longer / speed
+            windows = [window(requests * longer, timeout_s) for _ in range(WINDOWS)]
             windows.sort(key=lambda window: window["throughput_infer_per_s"])
             speeds = [window["throughput_infer_per_s"] for window in windows]
             spread = (speeds[-1] - speeds[0]) / statistics.median(speeds) * 100
@@ -408,6 +342,58 @@ def describe_row(row):
     )
 
 
+def add_served_to_bare(row, bare, args):
+    """Put the throughput beside the best that the same graph gives without a server."""
+    if bare and "error" not in row:
+        # one request at a time cannot be batched; more can
+        alone = row["concurrency"] == 1 and args.batch_size == 1
+        row["served_to_bare"] = row["throughput_infer_per_s"] / (bare[1] if alone else max(bare.values()))
+
+
+def measure_all(args, record, folder, temporary):
+    """Every model at every level, one after the other; perf.json is written after each. Returns the rows."""
+    tool = find_perf_analyzer(args.docker, temporary)
+    texts = read_texts(TEXTS)
+    ids, mask = tokenize(args.assets, texts)
+    inputs = write_inputs(texts, ids, mask, temporary)
+    raw = folder / "perf"
+    shutil.rmtree(raw, ignore_errors=True)
+    raw.mkdir(parents=True)
+    on_cpu = not any(engine.startswith("TensorRT") for engine in record["server"]["engines"].values())
+    bare, rows = record["bare_infer_per_s"], record["rows"]
+    write_json(folder / "perf.json", record)
+    progress = tqdm(total=len(args.models) * len(args.concurrency), desc="perf", unit="level", mininterval=1)
+    for name in args.models:
+        model = MODELS[name]
+        if name in EMBEDDERS and on_cpu:
+            window_s = args.window_s / (2 if args.quick else 1)
+            bare[name] = measure_bare(args.repository / model / "1" / "model.onnx", ids, mask, window_s)
+        for concurrency in args.concurrency:
+            row = {"model": name}
+            row |= measure(tool, args, model, concurrency, inputs[model], temporary / "window.csv")
+            add_served_to_bare(row, bare.get(name), args)
+            if "csv" in row:
+                (raw / f"{name}_concurrency_{concurrency}.csv").write_text(row.pop("csv"))
+            rows.append(row)
+            write_json(folder / "perf.json", record)
+            tqdm.write(describe_row(row), file=sys.stdout)
+            progress.update()
+    progress.close()
+    return rows
+
+
+def report_failures(args, rows):
+    """Exit 1 where levels were refused, 3 where all were measured and some are unstable."""
+    failed = [f"{row['model']} at concurrency {row['concurrency']}: {row['error']}" for row in rows if "error" in row]
+    if failed:
+        raise SystemExit(f"expected {len(rows)} levels measured, found {len(failed)} refused; first: {failed[0]}")
+    unstable = ", ".join(f"{row['model']} at concurrency {row['concurrency']}" for row in rows if not row["stable"])
+    if unstable:
+        limit = f"{args.stability_percent:g} %"
+        print(f"expected every level stable within {limit}, found and marked: {unstable}", file=sys.stderr)
+        sys.exit(EXIT_UNSTABLE)
+
+
 def main():
     args = parse_args()
     card = read_json(args.assets / "model.json", "run torch2onnx.py")
@@ -415,66 +401,34 @@ def main():
     check_served_plans(args.repository, card["reference_sha256"], server)
     check_served_model(args.repository, args.url, args.protocol)
     folder = args.results / card["slug"]
-    raw = folder / "perf"
-    texts = read_texts(TEXTS)
-    ids, mask = tokenize(args.assets, texts)
-    record = {"model": card, "environment": environment_record(), "server": server, "quick": args.quick}
-    record["settings"] = {"protocol": args.protocol, "batch_size": args.batch_size, "window_s": args.window_s}
-    record["settings"] |= {
-        "windows": WINDOWS,
-        "stability_percent": args.stability_percent,
-        "inputs": f"{TEXTS.name}, {len(texts)} texts",
+    record = {
+        "model": card,
+        "environment": environment_record(),
+        "server": server,
+        "server_memory_mib": server_memory_mib(args.url),
+        "quick": args.quick,
+        "settings": {
+            "protocol": args.protocol,
+            "batch_size": args.batch_size,
+            "window_s": args.window_s,
+            "windows": WINDOWS,
+            "stability_percent": args.stability_percent,
+            "inputs": f"{TEXTS.name}, {len(read_texts(TEXTS))} texts",
+        },
+        "planned": [[model, concurrency] for model in args.models for concurrency in args.concurrency],
+        "bare_infer_per_s": {},
+        "rows": [],
     }
-    bare, rows = {}, []
-    on_cpu = not any(engine.startswith("TensorRT") for engine in server["engines"].values())
-    with tempfile.TemporaryDirectory() as temporary:
-        temporary = Path(temporary)
-        tool = find_perf_analyzer(args.docker, temporary)
-        inputs = write_inputs(texts, ids, mask, temporary)
-        shutil.rmtree(raw, ignore_errors=True)
-        raw.mkdir(parents=True)
-        memory = server_memory_mib(args.url)
-        record |= {"server_memory_mib": memory, "planned": [[m, c] for m in args.models for c in args.concurrency]}
-        write_json(folder / "perf.json", record | {"bare_infer_per_s": bare, "rows": rows})
-        progress = tqdm(total=len(args.models) * len(args.concurrency), desc="perf", unit="level", mininterval=1)
-        for name in args.models:
-            model = MODELS[name]
-            if name in EMBEDDERS and on_cpu:
-                bare[name] = measure_bare(
-                    args.repository / model / "1" / "model.onnx", ids, mask, args.window_s / (2 if args.quick else 1)
-                )
-            for concurrency in args.concurrency:
-                csv_path = temporary / "window.csv"
-                try:
-                    row = {"model": name} | measure(tool, args, model, concurrency, inputs[model], csv_path)
-                except SERVER_ERRORS as error:
-                    raise SystemExit(
-                        f"{args.url}: expected the server to go on, found: {error}; {len(rows)} finished levels are in {folder / 'perf.json'}; ./serve.sh status"
-                    ) from None
-                if "error" not in row:
-                    (raw / f"{name}_concurrency_{concurrency}.csv").write_text(row.pop("csv"))
-                    if name in bare:
-                        # one request at a time cannot be batched; more can
-                        best = bare[name][1] if concurrency == 1 and args.batch_size == 1 else max(bare[name].values())
-                        row["served_to_bare"] = row["throughput_infer_per_s"] / best
-                rows.append(row)
-                write_json(
-                    folder / "perf.json", record | {"bare_infer_per_s": bare, "rows": rows}
-                )  # finished rows are kept
-                tqdm.write(describe_row(row), file=sys.stdout)
-                progress.update()
-        progress.close()
+    try:
+        with tempfile.TemporaryDirectory() as temporary:
+            rows = measure_all(args, record, folder, Path(temporary))
+    except SERVER_ERRORS as error:
+        raise SystemExit(
+            f"{args.url}: expected the server to go on, found: {error}; {len(record['rows'])} finished levels are in "
+            f"{folder / 'perf.json'}; ./serve.sh status"
+        ) from None
     print(folder / "perf.json")
-    failed = [f"{row['model']} at concurrency {row['concurrency']}: {row['error']}" for row in rows if "error" in row]
-    if failed:
-        raise SystemExit(f"expected {len(rows)} levels measured, found {len(failed)} refused; first: {failed[0]}")
-    unstable = [f"{row['model']} at concurrency {row['concurrency']}" for row in rows if not row["stable"]]
-    if unstable:
-        print(
-            f"expected every level stable within {args.stability_percent:g} %, found and marked: {', '.join(unstable)}",
-            file=sys.stderr,
-        )
-        sys.exit(EXIT_UNSTABLE)
+    report_failures(args, rows)
 
 
 if __name__ == "__main__":

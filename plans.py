@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import re
+import sys
 from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
@@ -90,7 +91,7 @@ def prove(precision, counts):
 
 
 def read_log(text):
-    """{tensorrt_version, gpu, compute_capability, tf32} as trtexec's log says them."""
+    """{tensorrt_version, gpu, compute_capability} as trtexec's log says them, None where it does not."""
 
     def find(pattern):
         match = re.search(pattern, text)
@@ -112,13 +113,14 @@ def record(args):
         counts = count_precisions(args.layers, set(weight_matmuls(read_graph(reference))))
         if not args.plain:
             prove(args.precision, counts)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"{folder / 'model.plan'}: {error}; the plan was not kept") from None
     if not args.plan.stat().st_size:
         raise SystemExit(f"{args.plan}: expected a plan, found an empty file; free disk space and build again")
     log = read_log(args.log.read_text(errors="replace"))
     properties = {p.key: p.value for p in graph.metadata_props}
-    capability = float(log["compute_capability"] or 0)
+    capability = log["compute_capability"]
+    tf32 = None if capability is None else "on" if float(capability) >= 8 else "off"
     manifest = {
         "precision": args.precision,
         "built_as": args.built_as,
@@ -132,7 +134,7 @@ def record(args):
         "command": args.command_line,
         **log,
         "driver": (gpu_record() or {}).get("driver"),
-        "tf32": "off" if "--noTF32" in args.command_line or capability < 8 else "on",
+        "tf32": "off" if "--noTF32" in args.command_line else tf32,
         "counts": counts,
         "build_s": args.seconds,
         "utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -183,6 +185,12 @@ def summarize(args):
     card = read_json(args.assets / "model.json", "run torch2onnx.py")
     paths = {p: plan_folder(args.repository, p) / "manifest.json" for p in PRECISIONS}
     manifests = {p: json.loads(path.read_text()) for p, path in paths.items() if path.exists()}
+    for precision, manifest in list(manifests.items()):
+        if manifest["reference_sha256"] != card["reference_sha256"]:
+            print(
+                f"{paths[precision]}: of another export than {card['name']}, left out; build it again", file=sys.stderr
+            )
+            del manifests[precision]
     if not manifests:
         raise SystemExit(f"{args.repository}: expected at least one plan with a manifest, found none; run build_trt.sh")
     for manifest in manifests.values():

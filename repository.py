@@ -262,6 +262,8 @@ def check_plan(repository, precision, reference_sha256, gpu=None, tensorrt_versi
         if expected != found:
             raise SystemExit(f"{plan}: expected {what} {expected}, found one built for {found} ({path}); {remedy}")
 
+    if manifest.get("plain_int8"):
+        print(f"{plan}: built with --plain-int8, for comparison: INT8 in name only", file=sys.stderr)
     compare("a plan with SHA-256", sha256(plan)[:12], manifest["plan_sha256"][:12])
     compare("the reference graph", reference_sha256[:12], manifest["reference_sha256"][:12])
     compare(

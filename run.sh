@@ -6,7 +6,7 @@
 #                          be reached and nothing is cached, the packaged MiniLM
 #   --random-weights       the architecture with seeded weights: speed, not quality
 #   --max-length N         tokens per text, 128
-#   --quick                minutes: fewer texts, concurrency 1 and 8, short windows
+#   --quick                minutes: fewer texts, one GPU architecture, concurrency 1 and 8
 #   --http-port N  --grpc-port N  --metrics-port N      8000, 8001, 8002
 #   -h                     this text
 # Reads:  the checkpoint, assets/texts.txt.
@@ -25,7 +25,8 @@ fail() {
 usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 parse_args() {
-  export_options=(--packaged-if-offline) quality_options=() perf_options=() compile_options=()
+  export_options=(--packaged-if-offline) quality_options=() compile_options=()
+  perf_options=(--concurrency 1 8 32 --window-s 2) # ./perf.py alone measures every level
   http_port=8000 grpc_port=8001 metrics_port=8002
   while [ $# -gt 0 ]; do
     case $1 in
@@ -35,7 +36,7 @@ parse_args() {
     esac
     case $1 in
       -h | --help) usage && exit 0 ;;
-      --quick) quality_options+=(--max-texts 32) perf_options+=(--quick) compile_options+=(--architectures SM86) ;;
+      --quick) quality_options+=(--max-texts 32) perf_options=(--quick) compile_options+=(--architectures SM86) ;;
       --random-weights) export_options+=("$1") ;;
       --model | --max-length) export_options+=("$1" "$2") && shift ;;
       --http-port) http_port=$2 && shift ;;

@@ -1,5 +1,6 @@
 """The chain on the packaged MiniLM, run once through the scripts: export, graphs, server."""
 
+import json
 import os
 import socket
 import subprocess
@@ -88,8 +89,15 @@ def chain(exported):
 @pytest.fixture(scope="session")
 def quality(chain):
     """quality.json of a run of client.py over 48 texts."""
-    import json
-
-    options = ("--url", chain.http, "--assets", chain.assets, "--results", chain.results)
+    options = (
+        "--url",
+        chain.http,
+        "--repository",
+        chain.repository,
+        "--assets",
+        chain.assets,
+        "--results",
+        chain.results,
+    )
     succeed("client.py", *options, "--max-texts", 48)
     return json.loads((chain.results / "all-MiniLM-L6-v2" / "quality.json").read_text())

@@ -70,7 +70,7 @@ def test_check_quality_returns_each_plan(chain):
 
 
 def test_grpc_gives_the_same_averages(chain, quality, tmp_path):
-    options = ("--assets", chain.assets, "--results", tmp_path, "--max-texts", 48)
+    options = ("--repository", chain.repository, "--assets", chain.assets, "--results", tmp_path, "--max-texts", 48)
     succeed("client.py", "--protocol", "grpc", "--url", chain.grpc, *options)
     other = common.read_json(tmp_path / "all-MiniLM-L6-v2/quality.json", "")["averages"]
     for plan, row in other.items():
@@ -88,13 +88,33 @@ def test_an_embedder_that_answers_nan_fails_the_run_and_is_named(chain, tmp_path
     done, (http, _) = start_server(folder)
     assert done.returncode == 0, done.stderr
     try:
-        options = ("--assets", chain.assets, "--results", tmp_path, "--max-texts", 3)
+        options = ("--repository", folder, "--assets", chain.assets, "--results", tmp_path, "--max-texts", 3)
         measured = run("client.py", "--url", f"127.0.0.1:{http}", *options)
     finally:
         succeed("serve.sh", "stop", "--http-port", http)
     assert measured.returncode == 1 and "TRT_INT8" in measured.stderr and "NaN or Inf" in measured.stderr
     averages = common.read_json(tmp_path / "all-MiniLM-L6-v2/quality.json", "")["averages"]
     assert "error" in averages["TRT_INT8"] and "error" not in averages["TRT_FP16"]
+
+
+def test_a_server_with_another_model_than_the_file_is_refused(chain, tmp_path):
+    folder = copy_repository(chain, tmp_path)
+    path = folder / "model_ONNX/1/model.onnx"
+    graph = onnx.load(path)
+    path.unlink()  # a link to the graph that is served
+    (weight,) = (i for i in graph.graph.initializer if i.name == "linear.bias")
+    weight.CopyFrom(numpy_helper.from_array(np.array([3, -3], dtype=np.float32), weight.name))
+    onnx.save(graph, path)
+    for script in ("client.py", "perf.py"):
+        url = chain.http if script == "client.py" else chain.grpc
+        done = run(script, "--url", url, "--repository", folder, "--assets", chain.assets, "--results", tmp_path / "r")
+        assert done.returncode == 1 and "found another" in done.stderr, done.stderr
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_url_with_a_scheme_is_one_clear_line(chain):
+    done = run("client.py", "--url", f"http://{chain.http}", "--assets", chain.assets)
+    assert done.returncode == 1 and "scheme" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])

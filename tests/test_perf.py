@@ -1,5 +1,6 @@
 """perf.py: real levels on the real server, and windows that must be refused."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from conftest import ROOT, free_ports, run, start_server, succeed
 import client
 import common
 import perf
+import perf_tool
 
 
 def perf_py(url, chain, folder, *options, **more):
@@ -59,7 +61,7 @@ def test_embedders_are_held_against_the_bare_session(record):
     served = [
         r["served_to_bare"] for r in record["rows"] if r["model"] in ("ONNX", "TRT_FP32") and r["concurrency"] == 4
     ]
-    assert min(served) > 0.7  # the report holds the measured ratio; this catches a server that halves it
+    assert min(served) > 0.6  # the report holds the measured ratio; this catches a server that halves it
 
 
 def test_the_tokenizer_is_far_faster_than_an_embedder(record):
@@ -148,14 +150,29 @@ def test_an_empty_package_named_perf_analyzer_is_not_taken_for_the_tool(tmp_path
     fake.write_text("#!/bin/sh\nexit 1\n")
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    command, environment = perf.find_perf_analyzer(False, tmp_path)
-    assert command != [str(fake)] and perf.runs(command[0], environment)
+    command, environment = perf_tool.find_perf_analyzer(False, tmp_path)
+    assert command != [str(fake)] and perf_tool.runs(command[0], environment)
+
+
+def test_a_tool_that_hangs_is_ended_and_tried_again(chain, tmp_path, monkeypatch):
+    calls = tmp_path / "calls"
+    tool = tmp_path / "perf_analyzer"
+    tool.write_text(f"#!/bin/sh\necho x >> {calls}\nexec sleep 60\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(perf, "WARMUP_TIMEOUT_S", 0.5)
+    args = argparse.Namespace(
+        url=chain.grpc, protocol="grpc", batch_size=1, window_s=1, quick=True, stability_percent=10
+    )
+    row = perf.measure(([str(tool)], None), args, "tokenizer", 1, tmp_path / "in.json", tmp_path / "out.csv")
+    assert "found it waiting" in row["error"]
+    assert calls.read_text().count("x") == perf.WINDOW_TRIES
+    assert "sleep 60" not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
 
 
 def test_docker_without_docker_is_one_clear_line(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SystemExit, match="expected a running Docker"):
-        perf.find_perf_analyzer(True, tmp_path)
+        perf_tool.find_perf_analyzer(True, tmp_path)
 
 
 def test_ranges_of_concurrency():

@@ -1,9 +1,12 @@
 """quantize.py: what is in the typed graphs, and which graphs its check refuses."""
 
+import errno
+import resource
+
 import numpy as np
 import onnx
 import pytest
-from conftest import run
+from conftest import copy_repository, run
 from onnx import TensorProto, helper, numpy_helper
 
 import common
@@ -102,6 +105,32 @@ def test_too_few_calibration_texts_are_refused(exported, tmp_path):
     done = run("quantize.py", "--calibration-texts", texts, *places)
     assert done.returncode == 1 and "--calibration-texts" in done.stderr and "give more text" in done.stderr
     assert common.sha256(exported.repository / GRAPHS["INT8"]) == before
+
+
+def test_a_disk_without_room_leaves_the_graph_that_was_there(exported, tmp_path):
+    folder = copy_repository(exported, tmp_path)
+    path = folder / GRAPHS["FP16"]
+    before = common.sha256(path)
+
+    def ten_megabytes():  # a limit on the size of a file fails a write as a full disk does
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10**7, 10**7))
+
+    places = ("--repository", folder, "--assets", exported.assets)
+    done = run("quantize.py", "--only", "FP16", *places, preexec_fn=ten_megabytes)
+    assert done.returncode != 0
+    assert common.sha256(path) == before and not list(folder.rglob("*.tmp"))
+
+
+def test_json_on_a_disk_without_room_is_one_clear_line(tmp_path, monkeypatch):
+    (tmp_path / "record.json").write_text("{}")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    with pytest.raises(SystemExit, match="record.json: expected room"):
+        common.write_json(tmp_path / "record.json", {"a": 1})
+    assert (tmp_path / "record.json").read_bytes() == b"{}"
 
 
 def test_float16_quantize_is_executed_with_rounding(tmp_path):

@@ -6,6 +6,7 @@ import shutil
 import pytest
 from conftest import ROOT, run, succeed
 
+EMBEDDERS = ("ONNX", "TRT_FP32", "TRT_FP16", "TRT_INT8", "TRT_BEST")
 PERF_ROW = {
     "throughput_infer_per_s": 50.0,
     "latency_mean_ms": 20.0,
@@ -79,11 +80,12 @@ def write_perf(place, engines, rows):
         "batch_size": 1,
         "inputs": "texts",
     }
+    record |= {"planned": [[row["model"], row["concurrency"]] for row in rows], "server_memory_mib": 900.0}
     (folder / "perf.json").write_text(json.dumps(record))
 
 
 def test_speeds_of_a_cpu_are_never_shown_as_those_of_tensorrt(place):
-    engines = {s: "ONNX Runtime, CPU" for s in ("ONNX", "TRT_FP32", "TRT_FP16", "TRT_INT8", "TRT_BEST")}
+    engines = dict.fromkeys(EMBEDDERS, "ONNX Runtime, CPU")
     rows = [
         {"model": "TRT_FP16", "concurrency": 1, **PERF_ROW},
         {"model": "TRT_INT8", "concurrency": 1, "error": "called by others"},
@@ -98,7 +100,7 @@ def test_speeds_of_a_cpu_are_never_shown_as_those_of_tensorrt(place):
 
 
 def test_an_unstable_level_is_marked_in_the_report(place):
-    engines = {s: "ONNX Runtime, CPU" for s in ("ONNX", "TRT_FP32", "TRT_FP16", "TRT_INT8", "TRT_BEST")}
+    engines = dict.fromkeys(EMBEDDERS, "ONNX Runtime, CPU")
     row = {"model": "ONNX", "concurrency": 1, **PERF_ROW, "stable": False, "spread_percent": 31.0}
     write_perf(place, engines, [row])
     assert report(place).returncode == 0
@@ -106,13 +108,53 @@ def test_an_unstable_level_is_marked_in_the_report(place):
 
 
 def test_measurements_of_two_exports_are_not_put_together(place):
-    write_perf(place, {}, [])
+    write_perf(place, dict.fromkeys(EMBEDDERS, "ONNX Runtime, CPU"), [{"model": "ONNX", "concurrency": 1, **PERF_ROW}])
     path = place / "results/all-MiniLM-L6-v2/perf.json"
     record = json.loads(path.read_text())
     record["model"]["reference_sha256"] = "0" * 64
     path.write_text(json.dumps(record))
     done = report(place)
-    assert done.returncode == 1 and "one export" in done.stderr
+    assert done.returncode == 0 and "of another export" in done.stderr
+    assert "| ONNX | ONNX Runtime, CPU | reference | reference | not measured |" in (place / "report.md").read_text()
+
+
+def test_quality_of_a_cpu_beside_speed_of_a_gpu_is_told_apart(place):
+    engines = {"ONNX": "ONNX Runtime, GPU"} | {s: "TensorRT, GPU" for s in EMBEDDERS if s != "ONNX"}
+    write_perf(place, engines, [{"model": "TRT_FP16", "concurrency": 1, **PERF_ROW}])
+    assert report(place).returncode == 0
+    text = (place / "report.md").read_text()
+    assert "| TRT_FP16 | quality: ONNX Runtime, CPU; perf: TensorRT, GPU |" in text
+    assert "TensorRT on a GPU: measured for all-MiniLM-L6-v2" in text and "no conclusion" not in text
+
+
+def test_a_level_that_a_cut_off_run_did_not_reach_is_not_measured(place):
+    write_perf(place, dict.fromkeys(EMBEDDERS, "ONNX Runtime, CPU"), [])
+    path = place / "results/all-MiniLM-L6-v2/perf.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"planned": [["TRT_BEST", 32]]}))
+    assert report(place).returncode == 0
+    assert "| TRT_BEST | 32 | not measured |" in (place / "report.md").read_text()
+
+
+def test_a_model_with_nothing_but_a_compile_check_is_shown(place):
+    folder = place / "results/all-MiniLM-L6-v2"
+    quality = json.loads((folder / "quality.json").read_text())
+    for name in ("quality.json", "quality.csv"):
+        (folder / name).unlink()
+    rows = [{"graph": "ONNX", "architecture": "SM86", "error": None, "seconds": 1.0}]
+    record = {key: quality[key] for key in ("model", "environment")} | {"tensorrt_rtx": "1", "rows": rows}
+    (folder / "compile.json").write_text(json.dumps(record))
+    done = report(place)
+    assert done.returncode == 0, done.stderr
+    assert "| ONNX | not measured | reference |" in (place / "report.md").read_text()
+
+
+def test_broken_or_missing_results_are_named(place):
+    (place / "results/all-MiniLM-L6-v2/quality.json").write_text('{"half')
+    done = report(place)
+    assert done.returncode == 1 and "quality.json" in done.stderr and "Traceback" not in done.stderr
+    shutil.rmtree(place / "results")
+    done = report(place)
+    assert done.returncode == 1 and "run ./run.sh" in done.stderr
 
 
 def test_committed_report_is_what_the_committed_data_gives():

@@ -18,6 +18,7 @@ import tritonclient.http
 from conftest import ROOT, copy_repository, free_ports, run, start_server, succeed
 from tritonclient.utils import InferenceServerException
 
+import checkpoint
 import client
 import common
 import torch2onnx
@@ -65,7 +66,7 @@ def test_hard_text_gets_five_finite_embeddings(chain, name):
 
 
 def test_tokenizer_model_agrees_with_transformers(chain):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(torch2onnx.packaged_folder())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.packaged_folder())
     texts = [*common.read_texts(common.TEXTS)[:40], "", "word " * 300]
     for text in texts:
         found = client.infer("tokenizer", text, ["INPUT_IDS", "ATTENTION_MASK"], chain.http, "http")
@@ -156,12 +157,30 @@ def test_ids_of_another_length_are_refused(chain):
     assert status == 400 and "[-1,128]" in answer["error"]
 
 
-def test_ids_outside_the_vocabulary_fail_without_harm(chain):
-    inputs = []
-    for name, value in (("INPUT_IDS", 10**6), ("ATTENTION_MASK", 1)):
-        inputs.append({"name": name, "shape": [1, 128], "datatype": "INT64", "data": [value] * 128})
-    status, answer = post(chain, "model_ONNX", {"inputs": inputs})
-    assert status >= 400 and "ONNX Runtime" in answer["error"]
+def ids_input(value):
+    tensors = []
+    for name, number in (("INPUT_IDS", value), ("ATTENTION_MASK", 1)):
+        tensors.append(tritonclient.grpc.InferInput(name, [1, 128], "INT64"))
+        tensors[-1].set_data_from_numpy(np.full((1, 128), number, dtype=np.int64))
+    return tensors
+
+
+def executions(chain, model):
+    stats = client.connect(chain.http, "http")[0].get_inference_statistics(model)["model_stats"][0]
+    return stats["execution_count"]
+
+
+def test_ids_outside_the_vocabulary_fail_alone(chain):
+    payloads = [101] * 16
+    payloads[9] = 10**6
+    before = executions(chain, "model_ONNX")
+    answers = send_together(chain, "model_ONNX", payloads, ids_input)
+    assert executions(chain, "model_ONNX") - before < len(payloads)  # some were batched
+    for index, answer in enumerate(answers):
+        if index == 9:
+            assert isinstance(answer, InferenceServerException) and "ONNX Runtime" in answer.message()
+        else:
+            assert answer.as_numpy("EMBEDDING").shape == (1, 128, 2)
     assert_ready(chain)
 
 

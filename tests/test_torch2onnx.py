@@ -14,10 +14,11 @@ import torch
 import transformers
 from conftest import MINILM, ROOT, run, succeed
 
+import checkpoint
 import common
 import torch2onnx
 
-MINILM_FOLDER = torch2onnx.packaged_folder()
+MINILM_FOLDER = checkpoint.packaged_folder()
 
 
 def places(folder):
