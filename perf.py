@@ -316,6 +316,7 @@ def parse_args():
     parser.add_argument("--window-s", type=float, help="length of a window, default: 3, quick: 0.8")
     parser.add_argument("--stability-percent", type=float, help="spread of three windows, default: 10, quick: 25")
     parser.add_argument("--quick", action="store_true", help="concurrency 1 and 8, short windows")
+    parser.add_argument("--resume", action="store_true", help="measure what perf.json of the same settings lacks")
     parser.add_argument("--docker", action="store_true", help=f"perf_analyzer from {SDK_IMAGE}")
     parser.add_argument("--repository", type=Path, default=REPOSITORY)
     parser.add_argument("--assets", type=Path, default=ASSETS)
@@ -357,29 +358,46 @@ def measure_all(args, record, folder, temporary):
     ids, mask = tokenize(args.assets, texts)
     inputs = write_inputs(texts, ids, mask, temporary)
     raw = folder / "perf"
-    shutil.rmtree(raw, ignore_errors=True)
-    raw.mkdir(parents=True)
+    if not args.resume:
+        shutil.rmtree(raw, ignore_errors=True)
+    raw.mkdir(parents=True, exist_ok=True)
     on_cpu = not any(engine.startswith("TensorRT") for engine in record["server"]["engines"].values())
     bare, rows = record["bare_infer_per_s"], record["rows"]
     write_json(folder / "perf.json", record)
     progress = tqdm(total=len(args.models) * len(args.concurrency), desc="perf", unit="level", mininterval=1)
+    done = {(row["model"], row["concurrency"]) for row in rows}
     for name in args.models:
         model = MODELS[name]
-        if name in EMBEDDERS and on_cpu:
+        missing = [concurrency for concurrency in args.concurrency if (name, concurrency) not in done]
+        progress.update(len(args.concurrency) - len(missing))
+        if name in EMBEDDERS and on_cpu and missing:
             window_s = args.window_s / (2 if args.quick else 1)
             bare[name] = measure_bare(args.repository / model / "1" / "model.onnx", ids, mask, window_s)
-        for concurrency in args.concurrency:
+        for concurrency in missing:
             row = {"model": name}
             row |= measure(tool, args, model, concurrency, inputs[model], temporary / "window.csv")
             add_served_to_bare(row, bare.get(name), args)
             if "csv" in row:
                 (raw / f"{name}_concurrency_{concurrency}.csv").write_text(row.pop("csv"))
             rows.append(row)
+            rows.sort(key=lambda row: record["planned"].index([row["model"], row["concurrency"]]))
             write_json(folder / "perf.json", record)
             tqdm.write(describe_row(row), file=sys.stdout)
             progress.update()
     progress.close()
     return rows
+
+
+def take_up(old, new):
+    """The old record without its refused rows, if it was made of the same model with the same settings."""
+    for key in ("settings", "planned", "server", "model"):
+        found, expected = old.get(key), new[key]
+        if key == "model":  # two exports of one model differ in their dates
+            found, expected = found["reference_sha256"], expected["reference_sha256"]
+        if found != expected:
+            raise SystemExit(f"--resume: expected a perf.json with {key} {expected}, found {found}; leave --resume out")
+    rows = [row for row in old["rows"] if "error" not in row]
+    return old | {"rows": rows, "resumed": [*old.get("resumed", []), new["environment"]]}
 
 
 def report_failures(args, rows):
@@ -419,6 +437,8 @@ def main():
         "bare_infer_per_s": {},
         "rows": [],
     }
+    if args.resume:
+        record = take_up(read_json(folder / "perf.json", "leave --resume out"), record)
     try:
         with tempfile.TemporaryDirectory() as temporary:
             rows = measure_all(args, record, folder, Path(temporary))

@@ -215,7 +215,7 @@ def block_performance(models):
             continue
         s = perf["settings"]
         parts.append(
-            f"{caption(perf)}; perf_analyzer, {s['protocol']}, batch size {s['batch_size']}, {s['inputs']}; {s['windows']} windows "
+            f"{caption(perf)}{', completed later' if perf.get('resumed') else ''}; perf_analyzer, {s['protocol']}, batch size {s['batch_size']}, {s['inputs']}; {s['windows']} windows "
             f"of about {s['window_s']:g} s, stable within {s['stability_percent']:g} %{', quick run' if perf['quick'] else ''}."
         )
         if on_cpu(perf):
@@ -251,12 +251,7 @@ def level_table(perf):
             rows.append([row["model"], row["concurrency"], f"refused: {row['error']}", *[""] * (len(header) - 3)])
             continue
         latencies = (f"{row[f'latency_{k}_ms']:.1f}" for k in ("mean", "p50", "p90", "p95", "p99"))
-        optional = {
-            "served_to_bare": ".2f",
-            "mean_batch_size": ".2f",
-            "server_cpu_cores": ".2f",
-            "server_memory_mib": ".0f",
-        }
+        optional = {"served_to_bare": ".2f", "mean_batch_size": ".2f", "server_cpu_cores": ".2f"}
         ratio, batch, cores = (format(row[k], form) if k in row else "" for k, form in optional.items())
         stable = "yes" if row["stable"] else f"no, {row['spread_percent']:.0f} %"
         server = (f"{row['server_queue_ms']:.1f}", f"{row['server_compute_ms']:.1f}", batch, cores, stable)

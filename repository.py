@@ -51,9 +51,10 @@ FIELD_ORDER = (
     "model_warmup",
 )
 COMMENTS = {
-    "dynamic_batching": "no preferred size: Triton's guide keeps that for several optimization profiles; no delay:\n"
-    "# tune.py measures what it costs a lone request and brings under load",
-    "instance_group": "one per device: a second one halves a lone request's cores (tune.py) or doubles GPU memory",
+    "dynamic_batching": "defaults, as Triton's user guide (Batchers) advises for one optimization profile: no preferred\n"
+    "# size; no delay, which costs a lone request more than it brings under load (tune.py)",
+    "instance_group": "one per device: a second one halves a lone request's cores (tune.py) or doubles GPU memory;\n"
+    "# pinned memory for its copies is on by default (ModelOptimizationPolicy)",
     "model_warmup": "a real text at the smallest and the largest batch, so that no request pays for the first run",
     "max_batch_size": "the largest batch of the plans: --maxShapes of build_trt.sh",
     "input": "the dims below are those of the export: torch2onnx.py --max-length, --num-outputs",

@@ -27,8 +27,9 @@ from repository import read_config
 
 CONCURRENCIES = (1, 4, 8)
 SETTINGS = {
-    "in use: spinning off, one instance, no delay": {},
+    "in use": {},
     "spinning on": {"spinning": "on"},
+    "spinning off": {"spinning": "off"},  # in use too: the difference of the two is the noise
     "spinning stops after a run": {"spinning": "stop"},
     "one thread, two instances": {"threads": 1, "instances": 2},
     "delay 2 ms": {"delay_us": 2000},

@@ -112,6 +112,21 @@ def test_a_window_that_something_else_called_into_is_refused(chain, tmp_path, me
     assert f"inferences of {called} in the window" in row["error"] and "throughput_infer_per_s" not in row
 
 
+def test_resume_measures_what_is_missing_and_nothing_else(chain, tmp_path):
+    options = ("--models", "tokenizer", "--concurrency", 1, 2, "--window-s", 0.3, "--stability-percent", 100)
+    assert perf_py(chain.grpc, chain, tmp_path, *options).returncode == 0
+    path = tmp_path / "all-MiniLM-L6-v2/perf.json"
+    record = read_perf(tmp_path)
+    kept = record["rows"][1]
+    common.write_json(path, record | {"rows": [{"model": "tokenizer", "concurrency": 1, "error": "refused"}, kept]})
+    done = perf_py(chain.grpc, chain, tmp_path, *options, "--resume")
+    assert done.returncode == 0 and done.stdout.count("infer/s") == 1
+    again = read_perf(tmp_path)
+    assert again["rows"][1] == kept and "error" not in again["rows"][0] and len(again["resumed"]) == 1
+    other = perf_py(chain.grpc, chain, tmp_path, *options[:-3], 0.4, *options[-2:], "--resume")
+    assert other.returncode == 1 and "settings" in other.stderr and "leave --resume out" in other.stderr
+
+
 def test_a_level_that_never_settles_is_repeated_longer_and_marked(chain, tmp_path):
     options = ("--models", "ONNX", "--concurrency", 1, "--window-s", 0.4, "--stability-percent", 0.0001)
     done = perf_py(chain.grpc, chain, tmp_path, *options)
