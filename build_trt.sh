@@ -87,7 +87,7 @@ find_trtexec() {
   # --user: the files in the mounted folders belong to whoever builds
   trtexec=(docker run --rm --init --gpus all --user "$(id -u):$(id -g)" -v "$repository:/models" -v "$(dirname "$cache"):/cache" "$IMAGE" "$IN_IMAGE")
   models=/models
-  cache=/cache/$(basename "$cache")
+  cache=/cache/${cache##*/}
   [ -n "$dry_run" ] && return
   docker info >/dev/null 2>&1 || fail "expected trtexec or a running Docker, found neither; three ways on: 1. TRTEXEC=/path/to/trtexec; 2. install TensorRT, whose trtexec lies in /usr/src/tensorrt/bin; 3. install Docker and the NVIDIA container toolkit"
 }

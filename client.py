@@ -119,6 +119,8 @@ def read_engines(url, protocol):
 
 def read_server(url, protocol):
     """Name, version and engines of the server; exits if it or a model is not ready."""
+    if "/" in url or ":" not in url:
+        raise SystemExit(f"--url: expected HOST:PORT, found {url}; leave scheme and path out")
     try:
         client, _ = connect(url, protocol)
         for model in ("tokenizer", *EMBEDDERS.values(), "ensemble"):

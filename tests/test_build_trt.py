@@ -75,7 +75,7 @@ def test_dry_run_prints_the_four_commands_of_tensorrt_11(place):
 def test_dry_run_of_docker_names_the_pinned_image_and_its_paths(place):
     done = build(place, "--dry-run", "--docker", "--only", "INT8")
     assert done.returncode == 0, done.stderr
-    assert "docker run --rm --gpus all" in done.stdout and "nvcr.io/nvidia/tritonserver:26.05-py3" in done.stdout
+    assert "docker run --rm --init --gpus all" in done.stdout and "nvcr.io/nvidia/tritonserver:26.05-py3" in done.stdout
     assert "--onnx=/models/model_TRT_INT8/1/model.onnx" in done.stdout and f"-v {place}:/models" in done.stdout
 
 

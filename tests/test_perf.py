@@ -82,8 +82,7 @@ def test_http_and_a_batch_of_texts_per_request(chain, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("called", "words"),
-    [("model_TRT_FP32", "other models were called"), ("model_ONNX", "something else called model_ONNX")],
+    ("measured", "called"), [("ONNX", "model_TRT_FP32"), ("ONNX", "model_ONNX"), ("ensemble", "model_ONNX")]
 )
 def test_a_window_that_something_else_called_into_is_refused(chain, tmp_path, measured, called):
     feeds = client.infer("tokenizer", "a text", ["INPUT_IDS", "ATTENTION_MASK"], chain.http, "http")
