@@ -59,7 +59,7 @@ def fill_blocks(path, texts):
     content = path.read_text(encoding="utf-8")
     begins = re.findall(r"<!-- begin (\w+) -->", content)
     ends = re.findall(r"<!-- end (\w+) -->", content)
-    lost = [name for name in texts if path.name == "report.md" and name not in begins]
+    lost = [name for name in texts if path == ROOT / "report.md" and name not in begins]
     if not begins or begins != ends or lost:
         raise SystemExit(
             f"{path}: expected pairs of <!-- begin NAME --> and <!-- end NAME -->, found {begins} and {ends}{' without ' + ', '.join(lost) if lost else ''}; restore the markers"
