@@ -2,7 +2,7 @@
 """Write what results/ holds into the marked blocks of report.md and README.md.
 
 Reads:  results/<model>/quality.json, quality.csv, perf.json, plans.json,
-        compile.json, tune.json.
+        compile.json, tune.json, complexity.json.
 Writes: the text between <!-- begin NAME --> and <!-- end NAME --> in report.md and
         README.md, pictures beside the data they show.
 Run:    ./report.py
@@ -16,14 +16,15 @@ import sys
 from pathlib import Path
 
 from common import RESULTS, ROOT, read_json, replace_when_done
+from report_complexity import block_complexity
 from report_pictures import PICTURES, picture_is_current, save_picture
 from report_tables import BLOCKS
 
-FILES = ("quality", "perf", "plans", "compile", "tune")
+FILES = ("quality", "perf", "plans", "compile", "tune", "complexity")
 
 
 def load_results(folder):
-    """[{slug, quality, perf, plans, compile, tune}] of every model, real weights first.
+    """[{slug, quality, perf, plans, compile, tune, complexity}] of every model, real weights first.
 
     A missing file is None, and so is one of another export than the first that is there:
     measurements of two exports are not put side by side.
@@ -38,7 +39,9 @@ def load_results(folder):
         if not card:
             continue
         for name, record in data.items():
-            if record and record["model"]["reference_sha256"] != card["reference_sha256"]:
+            # None: complexity.py counted a model that was not exported
+            found = record and record["model"].get("reference_sha256")
+            if found and card.get("reference_sha256") not in (None, found):
                 print(f"{path / name}.json: of another export than the other files, left out", file=sys.stderr)
                 data[name] = None
         models.append({"slug": path.name, "folder": path, "card": card} | data)
@@ -84,7 +87,7 @@ def parse_args():
 def main():
     args = parse_args()
     models = load_results(args.results)
-    texts = {name: block(models) for name, block in BLOCKS.items()}
+    texts = {name: block(models) for name, block in {**BLOCKS, "complexity": block_complexity}.items()}
     stale = []
     for model in models:
         for name, (kind, _, _) in PICTURES.items():

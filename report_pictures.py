@@ -11,6 +11,7 @@ from PIL import Image
 
 from common import PRECISIONS, replace_when_done
 from report_tables import title
+from roofline import intensity, peak_flops
 
 # readable in black and white
 LINES = {
@@ -83,10 +84,57 @@ def draw_performance(model):
     return figure
 
 
+def draw_roofline(model):
+    """Left: intensity against batch with the ridges. Right: the roofs and every kind of layer at batch 1 and 8."""
+    record = model["complexity"]
+    gpu, length, precision = record["gpu"], record["length"], "FP16"
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 5.6), layout="constrained")
+    batches = [2**i for i in range(11)]
+    groups = {}  # layers of the same intensity at every batch share a line
+    for kind in (k for k in record["kinds"] if k["flops"]):
+        values = tuple(intensity(kind, b, length, precision) for b in batches)
+        groups.setdefault((*(f"{v:.3g}" for v in values), kind["matmul"]), []).append((kind, values))
+    for i, members in enumerate(groups.values()):
+        kind, values = members[0]
+        style = {"color": f"C{i % 10}", "marker": "os^Dv<>pP*X"[i % 11], "markersize": 6}
+        label = ", ".join(k["kind"] for k, _ in members)
+        left.plot(batches, values, linewidth=1, label=label, **style)
+        peak = peak_flops(gpu, kind, precision)
+        if not peak:
+            continue
+        for batch, face in ((1, "none"), (8, style["color"])):
+            x = kind["precisions"][precision]["intensity"][str(batch)]
+            right.plot(x, min(peak, x * gpu["bandwidth"]) / 1e12, linestyle="", markerfacecolor=face, **style)
+    for i, (name, peak) in enumerate((p, v) for p, v in gpu["peak_flops"].items() if v):
+        ridge = peak / gpu["bandwidth"]
+        dashes = list(LINES.values())[i + 1]
+        left.axhline(ridge, color="black", linestyle=dashes, linewidth=1)
+        left.annotate(f"ridge {name}", (batches[-1], ridge), fontsize=7, ha="right", va="bottom")
+        xs = [0.05, ridge, 3000]
+        ys = [min(peak, x * gpu["bandwidth"]) / 1e12 for x in xs]
+        right.plot(xs, ys, color="black", linestyle=dashes, linewidth=1, label=f"roof {name}")
+    left.set_xscale("log", base=2)
+    left.set_yscale("log")
+    left.xaxis.set_major_formatter("{x:g}")
+    left.set(xlabel="batch", ylabel=f"intensity in {precision}, FLOP/byte")
+    figure.legend(*left.get_legend_handles_labels(), fontsize=7, ncols=4, loc="outside lower center")
+    right.set_xscale("log")
+    right.set_yscale("log")
+    right.set(
+        xlabel=f"intensity in {precision}, FLOP/byte", ylabel="attainable TFLOP/s; hollow: batch 1, full: batch 8"
+    )
+    right.legend(fontsize=7)
+    for axes in (left, right):
+        axes.grid(which="both", alpha=0.2)
+    figure.suptitle(f"{title(model)}: computed for {gpu['name']}, nothing measured on it", fontsize=10)
+    return figure
+
+
 # picture -> (what it shows, how it is drawn, the file its data is in)
 PICTURES = {
     "quality.png": ("quality", draw_deviations, "quality.csv"),
     "perf.png": ("perf", draw_performance, "perf.json"),
+    "complexity.png": ("complexity", draw_roofline, "complexity.json"),
 }
 
 

@@ -123,7 +123,7 @@ def block_models(models):
                 size,
                 c["max_length"],
                 c["num_outputs"],
-                f"{c['max_abs_error_to_torch']:.1e}",
+                number(c.get("max_abs_error_to_torch"), ".1e"),
             ]
         )
     header = [

