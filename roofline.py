@@ -277,8 +277,8 @@ def find_gpu(name, gpus):
     near = [n for k, n in by_key.items() if key and (key in k or k in key)]
     near += [by_key[k] for k in difflib.get_close_matches(key, by_key, n=4, cutoff=0.4) if by_key[k] not in near]
     raise SystemExit(
-        f"--gpu: expected a GPU of {HARDWARE.name}, found {name}; near it: {', '.join(near) or 'none'}; "
-        "all of them: --list-gpus; one of your own: --peak-tflops, --bandwidth-gb-s"
+        f"--gpu: expected a GPU of {HARDWARE.name}, found {name}; near it: {', '.join(near or gpus)}; "
+        "their peaks: --list-gpus; one of your own: --peak-tflops, --bandwidth-gb-s"
     )
 
 
