@@ -171,12 +171,18 @@ class Surgeon:
         nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
         del self.model.graph.node[:]
         self.model.graph.node.extend(nodes)
-        read = {name for node in nodes for name in node.input}
-        kept = [i for i in self.model.graph.initializer if i.name in read]
-        kept = [onnx.TensorProto.FromString(i.SerializeToString()) for i in kept]
-        del self.model.graph.initializer[:]
-        self.model.graph.initializer.extend(kept + [i for name, i in self.added.items() if name in read])
-        return self.model
+        self.model.graph.initializer.extend(self.added.values())
+        return drop_unused(self.model)
+
+
+def drop_unused(model):
+    """The same graph without the constants that nothing reads."""
+    read = {name for node in model.graph.node for name in node.input}
+    kept = [i for i in model.graph.initializer if i.name in read]
+    kept = [onnx.TensorProto.FromString(i.SerializeToString()) for i in kept]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    return model
 
 
 def bias_add(index, node):

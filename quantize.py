@@ -52,7 +52,7 @@ from common import (
     spread,
     write_json,
 )
-from int8_graph import flops_share, insert_int8, weight_matmuls
+from int8_graph import drop_unused, flops_share, insert_int8, weight_matmuls
 from int8_search import candidate_matmuls, find_recipes, measure, meets, naive_recipes, run_graph, search_int8
 from repository import describe, graph_tensors, read_graph
 
@@ -226,7 +226,7 @@ def convert(precision, reference, recipes, chosen):
         return graph
     _, convert_to_f16 = load_modelopt()
     with contextlib.redirect_stdout(io.StringIO()):
-        return convert_to_f16(graph, keep_io_types=True)  # EMBEDDING stays float32
+        return drop_unused(convert_to_f16(graph, keep_io_types=True))  # EMBEDDING stays float32
 
 
 def convert_fp16(reference, calibration):

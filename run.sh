@@ -25,7 +25,7 @@ fail() {
 usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 parse_args() {
-  export_options=(--packaged-if-offline) quality_options=() compile_options=()
+  export_options=(--packaged-if-offline) quantize_options=() quality_options=() compile_options=() sts_options=()
   perf_options=(--concurrency 1 8 32 --window-s 2) # ./perf.py alone measures every level
   http_port=8000 grpc_port=8001 metrics_port=8002
   while [ $# -gt 0 ]; do
@@ -36,7 +36,10 @@ parse_args() {
     esac
     case $1 in
       -h | --help) usage && exit 0 ;;
-      --quick) quality_options+=(--max-texts 32) perf_options=(--quick) compile_options+=(--architectures SM86) ;;
+      --quick)
+        quantize_options+=(--max-selection-texts 8) quality_options+=(--max-texts 32) sts_options+=(--max-texts 8)
+        perf_options=(--quick) compile_options+=(--architectures SM86)
+        ;;
       --random-weights) export_options+=("$1") ;;
       --model | --max-length) export_options+=("$1" "$2") && shift ;;
       --http-port) http_port=$2 && shift ;;
@@ -70,7 +73,8 @@ main() {
   ./serve.sh stop --http-port "$http_port" >/dev/null
   trap './serve.sh stop --http-port "$http_port" >/dev/null' EXIT
   step export "$PYTHON" torch2onnx.py "${export_options[@]}"
-  step quantize "$PYTHON" quantize.py
+  step quantize "$PYTHON" quantize.py "${quantize_options[@]}"
+  step sts "$PYTHON" sts.py "${sts_options[@]}"
   step compile "$PYTHON" compile_check.py "${compile_options[@]}"
   step serve ./serve.sh start --device cpu --http-port "$http_port" --grpc-port "$grpc_port" --metrics-port "$metrics_port"
   step quality "$PYTHON" client.py --url "127.0.0.1:$http_port" "${quality_options[@]}"
