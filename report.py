@@ -2,7 +2,7 @@
 """Write what results/ holds into the marked blocks of report.md and README.md.
 
 Reads:  results/<model>/quality.json, quality.csv, perf.json, plans.json,
-        compile.json, tune.json.
+        compile.json, tune.json, sensitivity.json, sts.json.
 Writes: the text between <!-- begin NAME --> and <!-- end NAME --> in report.md and
         README.md, pictures beside the data they show.
 Run:    ./report.py
@@ -19,11 +19,11 @@ from common import RESULTS, ROOT, read_json, replace_when_done
 from report_pictures import PICTURES, picture_is_current, save_picture
 from report_tables import BLOCKS
 
-FILES = ("quality", "perf", "plans", "compile", "tune")
+FILES = ("quality", "perf", "plans", "compile", "tune", "sensitivity", "sts")
 
 
 def load_results(folder):
-    """[{slug, quality, perf, plans, compile, tune}] of every model, real weights first.
+    """[{slug, quality, perf, plans, compile, tune, sensitivity, sts}] of every model, real weights first.
 
     A missing file is None, and so is one of another export than the first that is there:
     measurements of two exports are not put side by side.

@@ -71,7 +71,7 @@ def exported(tmp_path_factory):
     )
     places = ("--repository", chain.repository, "--assets", chain.assets)
     succeed("torch2onnx.py", "--model", MINILM, *places)
-    succeed("quantize.py", *places)
+    succeed("quantize.py", *places, "--results", chain.results, "--max-selection-texts", 16)
     return chain
 
 
