@@ -103,7 +103,7 @@ def draw_sensitivity(model):
     right.barh([short_name(row["matmul"]) for row in rows], [row["relative_l2_error"] for row in rows], color=colors)
     right.invert_yaxis()
     right.tick_params(axis="y", labelsize=max(3, min(7, 220 / max(1, len(rows)))))
-    right.set(xlabel="relative L2 error of EMBEDDING with this MatMul alone in INT8 (gray: not in INT8)")
+    right.set(xlabel="relative L2 error with this MatMul alone in INT8 (gray: left out)")
     right.grid(axis="x", alpha=0.25)
     figure.suptitle(f"{title(model)}: search for INT8", fontsize=10)
     return figure
