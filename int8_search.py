@@ -162,14 +162,14 @@ def write_recipe(candidate, activations, weights):
     return recipe
 
 
-def find_recipes(reference, calibration, selection, seed):
+def find_recipes(reference, calibration, held_out, seed):
     """{tensor: recipe} of every tensor that weight MatMuls worth quantizing read."""
     weights, nodes = matmul_weights(reference), {n.name: n for n in reference.graph.node}
     index, candidates = GraphIndex(reference), candidate_matmuls(reference)
     groups = {t: [n for n in names if n in candidates] for t, names in matmul_groups(reference).items()}
     groups = {t: names for t, names in groups.items() if names}
     ranges = capture_activations(reference, list(groups), calibration, seed)
-    held_out = capture_activations(reference, list(groups), selection, seed)
+    held_out = capture_activations(reference, list(groups), held_out, seed)
     recipes = {}
     for tensor in tqdm(groups, desc="ranges", unit="tensor", mininterval=1):
         own = {name: weights[name] for name in groups[tensor]}

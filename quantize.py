@@ -107,6 +107,7 @@ def load_texts(args):
     select = texts[SELECT_EVERY - 1 :: SELECT_EVERY]
     parts = {
         "calibration": encode_texts(tokenizer, [t for i, t in enumerate(texts) if (i + 1) % SELECT_EVERY]),
+        "held_out": encode_texts(tokenizer, select),  # smoothing and ranges are compared on them
         "selection": encode_texts(tokenizer, spread(select, args.max_selection_texts)),
     }
     tokens = int(parts["calibration"][ATTENTION_MASK].sum())
@@ -165,7 +166,7 @@ def find_int8(args, reference, parts, facts):
     started = time.monotonic()
     card = read_json(args.assets / "model.json", "run torch2onnx.py")
     target = GATES["INT8"] | {"mean_cosine": args.target_cosine}
-    recipes = find_recipes(reference, parts["calibration"], parts["selection"], args.seed)
+    recipes = find_recipes(reference, parts["calibration"], parts["held_out"], args.seed)
     deadline = started + 60 * args.max_minutes
     chosen, found = search_int8(reference, recipes, parts["selection"], target, args.min_int8_share, deadline)
     shapes = weight_matmuls(reference)
