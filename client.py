@@ -4,7 +4,8 @@
 Reads:  a running server (./serve.sh start), assets/texts.txt, assets/model.json.
 Writes: results/<model>/quality.json (averages, engines) and quality.csv (every text).
 Run:    ./client.py
-Prints: a table of average deviations per plan, over real tokens only.
+Prints: a table of average deviations per plan, over real tokens only. --check fails if one
+        is beyond the bounds of its precision (GATES in common.py).
 """
 
 import argparse
@@ -24,6 +25,7 @@ from common import (
     ATTENTION_MASK,
     EMBEDDERS,
     EMBEDDING,
+    GATES,
     INPUT_IDS,
     REFERENCE,
     REPOSITORY,
@@ -174,6 +176,20 @@ def average(per_text, plan):
     return result
 
 
+def failed_gates(averages):
+    """One line per plan whose averages are beyond the bounds of its precision."""
+    failed = []
+    for plan, row in averages.items():
+        gate = GATES[plan.removeprefix("TRT_")]
+        l2, cosine = row.get("relative_l2_error", np.inf), row.get("mean_cosine", -1.0)
+        if not (l2 <= gate["relative_l2_error"] and cosine >= gate["mean_cosine"]):
+            failed.append(
+                f"{plan}: expected relative L2 error at most {gate['relative_l2_error']:g} and mean cosine at least "
+                f"{gate['mean_cosine']:g}, found {l2:.3g} and {cosine:.5f}"
+            )
+    return failed
+
+
 def write_per_text(path, texts, per_text):
     """One CSV line per text and plan: the deviations, or the error in the last column."""
     with replace_when_done(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
@@ -205,6 +221,7 @@ def parse_args():
         "--texts", type=Path, help="one text a line; default: the lines of assets/texts.txt that did not calibrate"
     )
     parser.add_argument("--max-texts", type=int, help="use this many, evenly spread")
+    parser.add_argument("--check", action="store_true", help="fail if a plan is beyond the bounds of its precision")
     parser.add_argument("--repository", type=Path, default=REPOSITORY, help="where the served plans' manifests lie")
     parser.add_argument("--assets", type=Path, default=ASSETS)
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -245,6 +262,8 @@ def main():
     broken = [f"{plan}: {row['error']}" for plan, row in averages.items() if "error" in row]
     if broken:
         raise SystemExit("expected finite embeddings, found " + "; ".join(broken) + "; look at that model's graph")
+    if args.check and (failed := failed_gates(averages)):
+        raise SystemExit("; ".join(failed) + "; run quantize.py, or look at that plan")
 
 
 if __name__ == "__main__":

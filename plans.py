@@ -32,7 +32,7 @@ from common import (
     sha256,
     write_json,
 )
-from quantize import weight_matmuls
+from int8_graph import weight_matmuls
 from repository import check_embedder, plan_folder, read_config, read_graph
 
 # "Format/Datatype" of a layer's tensors: Half, Float, "Row major linear FP32", "Row major Int8 format"

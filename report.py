@@ -2,7 +2,7 @@
 """Write what results/ holds into the marked blocks of report.md and README.md.
 
 Reads:  results/<model>/quality.json, quality.csv, perf.json, plans.json,
-        compile.json, tune.json, complexity.json.
+        compile.json, tune.json, complexity.json, sensitivity.json, sts.json.
 Writes: the text between <!-- begin NAME --> and <!-- end NAME --> in report.md and
         README.md, pictures beside the data they show.
 Run:    ./report.py
@@ -20,11 +20,11 @@ from report_complexity import block_complexity
 from report_pictures import PICTURES, picture_is_current, save_picture
 from report_tables import BLOCKS
 
-FILES = ("quality", "perf", "plans", "compile", "tune", "complexity")
+FILES = ("quality", "perf", "plans", "compile", "tune", "complexity", "sensitivity", "sts")
 
 
 def load_results(folder):
-    """[{slug, quality, perf, plans, compile, tune, complexity}] of every model, real weights first.
+    """[{slug, card and one record per name of FILES}] of every model, real weights first.
 
     A missing file is None, and so is one of another export than the first that is there:
     measurements of two exports are not put side by side.

@@ -130,11 +130,43 @@ def draw_roofline(model):
     return figure
 
 
+def draw_sensitivity(model):
+    """Left: quality against the share in INT8. Right: relative L2 error of each MatMul alone in INT8."""
+    record = model["sensitivity"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5), layout="constrained", width_ratios=(1, 1.3))
+    points = [p for p in record["curve"] if p["mean_cosine"] is not None]
+    shares = [100 * p["int8_flops_share"] for p in points]
+    left.plot(shares, [1 - p["mean_cosine"] for p in points], "o-", label="1 - mean cosine")
+    left.plot(shares, [p["relative_l2_error"] for p in points], "s--", label="relative L2 error")
+    left.axhline(1 - record["target"]["mean_cosine"], color="gray", linestyle=":", label="target: 1 - mean cosine")
+    if record["int8_flops_share"]:
+        left.axvline(100 * record["int8_flops_share"], color="gray", linewidth=0.8, label="chosen")
+    left.set_yscale("log")
+    left.set(xlabel="share of the weight-MatMul FLOPs in INT8, %", ylabel="deviation of EMBEDDING")
+    left.grid(which="both", alpha=0.25)
+    left.legend(fontsize=7)
+    rows = [row for row in record["matmuls"] if row["relative_l2_error"] is not None]
+    colors = ["tab:blue" if row["int8"] else "lightgray" for row in rows]
+    right.barh([short_name(row["matmul"]) for row in rows], [row["relative_l2_error"] for row in rows], color=colors)
+    right.invert_yaxis()
+    right.tick_params(axis="y", labelsize=max(3, min(7, 220 / max(1, len(rows)))))
+    right.set(xlabel="relative L2 error with this MatMul alone in INT8 (gray: left out)")
+    right.grid(axis="x", alpha=0.25)
+    figure.suptitle(f"{title(model)}: search for INT8", fontsize=10)
+    return figure
+
+
+def short_name(name):
+    """A node's name without what all of them share, short enough for an axis."""
+    return name.removesuffix("/MatMul").removesuffix("/Gemm").removeprefix("transformer.")
+
+
 # picture -> (what it shows, how it is drawn, the file its data is in)
 PICTURES = {
     "quality.png": ("quality", draw_deviations, "quality.csv"),
     "perf.png": ("perf", draw_performance, "perf.json"),
     "complexity.png": ("complexity", draw_roofline, "complexity.json"),
+    "sensitivity.png": ("sensitivity", draw_sensitivity, "sensitivity.json"),
 }
 
 

@@ -429,6 +429,88 @@ def block_plans(models):
     return "\n\n".join(parts)
 
 
+def block_sensitivity(models):
+    """What the search for INT8 found: the choice, the curve, each MatMul's own effect."""
+    parts = []
+    for model in models:
+        record = model["sensitivity"]
+        if not record:
+            continue
+        texts, target = record["texts"], record["target"]
+        parts.append(f"### {title(model)}")
+        parts.append(
+            f"{caption(record)}; {texts['calibration']} texts calibrated, {texts['selection']} others selected ({texts['file']}), "
+            f"seed {record['seed']}; {record['seconds']:.0f} s, {record['peak_memory_mib']} MiB at most"
+            f"{'; stopped by --max-minutes' if record['time_was_over'] else ''}."
+        )
+        wanted = f"Target: mean cosine at least {target['mean_cosine']:g}, relative L2 error at most {target['relative_l2_error']:g}, share at least {target['int8_flops_share']:.0%}."
+        parts.append(f"{wanted} {search_outcome(record)}")
+        rows = [
+            [f"{p['int8_flops_share']:.1%}", number(p["mean_cosine"], ".5f"), number(p["relative_l2_error"], ".4f")]
+            for p in record["curve"]
+        ]
+        parts.append(table(["share of FLOPs in INT8", "mean cosine", "relative L2 error"], rows))
+        picture = relative(model, "sensitivity.png")
+        parts.append(f"![Quality against the share in INT8; error of each MatMul alone in INT8]({picture})")
+        parts.append(sensitivity_table(record))
+        parts.append(f"Data: [sensitivity.json]({relative(model, 'sensitivity.json')})")
+    return "\n\n".join(parts) or NOT_MEASURED
+
+
+def search_outcome(record):
+    """One sentence: what the search chose and reached, or that nothing met the target."""
+    if not record["reached"]:
+        return "No graph met it."
+    reached = "; ".join(
+        f"{plan}: {number(row['mean_cosine'], '.4f')} and {number(row['relative_l2_error'], '.3f')}"
+        for plan, row in record["reached"].items()
+    )
+    return f"Chosen: {record['int8_flops_share']:.1%} of the weight-MatMul FLOPs in INT8; on the selecting texts {reached}."
+
+
+def sensitivity_table(record):
+    """One row per MatMul, the largest error first."""
+    rows = []
+    for row in sorted(record["matmuls"], key=lambda r: -(r["relative_l2_error"] or 0)):
+        alpha = "" if row["alpha"] is None else f"{row['alpha']:g}{' + offsets' if row['offsets'] else ''}"
+        error, cosine = number(row["relative_l2_error"], ".4f"), number(row["mean_cosine"], ".5f")
+        where = "INT8" if row["int8"] else "floating point"
+        rows.append([f"`{row['matmul']}`", f"{row['flops_share']:.2%}", error, cosine, alpha, where, row["why"]])
+    header = [
+        "MatMul, alone in INT8",
+        "share of FLOPs",
+        "relative L2 error",
+        "mean cosine",
+        "smoothing α",
+        "computed in",
+    ]
+    return table([*header, "why"], rows)
+
+
+def block_sts(models):
+    """Last hidden state and sentence similarity per plan."""
+    parts = []
+    for model in models:
+        record = model["sts"]
+        if not record:
+            continue
+        pairs = record["pairs"]
+        said = f"{pairs['count']} pairs ({pairs['file']})" if pairs else "no sentence pairs given"
+        rows = []
+        for suffix, row in record["plans"].items():
+            spearman = number(row["spearman"], ".4f")
+            rows.append([suffix, f"{row['mean_cosine']:.6f}", f"{row['relative_l2_error']:.2e}", spearman])
+        header = [
+            "graph",
+            "hidden state: mean cosine",
+            "hidden state: relative L2 error",
+            "sentence similarity: Spearman",
+        ]
+        lead = f"**{title(model)}**. {caption(record)}; {record['texts']} texts, {said}."
+        parts.append(f"{lead}\n\n{table(header, rows)}")
+    return "\n\n".join(parts) or NOT_MEASURED
+
+
 def compile_table(model):
     """Result of compile_check.py as a table: graph by architecture."""
     record = model["compile"]
@@ -454,5 +536,7 @@ BLOCKS = {
     "performance": block_performance,
     "tuning": block_tuning,
     "plans": block_plans,
+    "sensitivity": block_sensitivity,
+    "sts": block_sts,
     "tensorrt": block_tensorrt,
 }

@@ -6,6 +6,7 @@
 #                          be reached and nothing is cached, the packaged MiniLM
 #   --random-weights       the architecture with seeded weights: speed, not quality
 #   --max-length N         tokens per text, 128
+#   --target-cosine X      quality that INT8 must keep, see ./quantize.py -h
 #   --quick                minutes: fewer texts, one GPU architecture, concurrency 1 and 8
 #   --http-port N  --grpc-port N  --metrics-port N      8000, 8001, 8002
 #   -h                     this text
@@ -25,20 +26,24 @@ fail() {
 usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 parse_args() {
-  export_options=(--packaged-if-offline) quality_options=() compile_options=()
+  export_options=(--packaged-if-offline) quantize_options=() quality_options=() compile_options=() sts_options=()
   perf_options=(--concurrency 1 8 32 --window-s 2) # ./perf.py alone measures every level
   quick=no http_port=8000 grpc_port=8001 metrics_port=8002
   while [ $# -gt 0 ]; do
     case $1 in
-      --model | --max-length | --http-port | --grpc-port | --metrics-port)
+      --model | --max-length | --target-cosine | --http-port | --grpc-port | --metrics-port)
         [ $# -gt 1 ] || fail "$1: expected a value; see -h" 2
         ;;
     esac
     case $1 in
       -h | --help) usage && exit 0 ;;
-      --quick) quick=yes quality_options+=(--max-texts 32) perf_options=(--quick) compile_options+=(--architectures SM86) ;;
+      --quick)
+        quick=yes quantize_options+=(--quick) quality_options+=(--max-texts 32) sts_options+=(--max-texts 8)
+        perf_options=(--quick) compile_options+=(--architectures SM86)
+        ;;
       --random-weights) export_options+=("$1") ;;
       --model | --max-length) export_options+=("$1" "$2") && shift ;;
+      --target-cosine) quantize_options+=("$1" "$2") && shift ;;
       --http-port) http_port=$2 && shift ;;
       --grpc-port) grpc_port=$2 && shift ;;
       --metrics-port) metrics_port=$2 && shift ;;
@@ -71,7 +76,8 @@ main() {
   trap './serve.sh stop --http-port "$http_port" >/dev/null' EXIT
   step export "$PYTHON" torch2onnx.py "${export_options[@]}"
   [ "$quick" = yes ] || step complexity "$PYTHON" complexity.py "${export_options[@]}" --measure
-  step quantize "$PYTHON" quantize.py
+  step quantize "$PYTHON" quantize.py "${quantize_options[@]}"
+  step sts "$PYTHON" sts.py "${sts_options[@]}"
   step compile "$PYTHON" compile_check.py "${compile_options[@]}"
   step serve ./serve.sh start --device cpu --http-port "$http_port" --grpc-port "$grpc_port" --metrics-port "$metrics_port"
   step quality "$PYTHON" client.py --url "127.0.0.1:$http_port" "${quality_options[@]}"

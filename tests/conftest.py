@@ -70,8 +70,9 @@ def exported(tmp_path_factory):
         repository=folder / "model_repository", assets=folder / "assets", results=folder / "results"
     )
     places = ("--repository", chain.repository, "--assets", chain.assets)
-    succeed("torch2onnx.py", "--model", MINILM, *places, "--results", chain.results)
-    succeed("quantize.py", *places)
+    results = ("--results", chain.results)
+    succeed("torch2onnx.py", "--model", MINILM, *places, *results)
+    succeed("quantize.py", *places, *results, "--max-selection-texts", 16)
     return chain
 
 

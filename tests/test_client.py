@@ -46,8 +46,36 @@ def test_fp32_and_fp16_deviate_as_their_arithmetic_does(quality):
     assert averages["TRT_FP32"]["relative_l2_error"] < 1e-5
     assert 1e-5 < averages["TRT_FP16"]["relative_l2_error"] < 1e-2
     for plan in ("TRT_INT8", "TRT_BEST"):
-        assert 1e-2 < averages[plan]["relative_l2_error"] < 0.35
-        assert averages[plan]["mean_cosine"] > 0.9
+        assert 1e-2 < averages[plan]["relative_l2_error"] <= 0.1
+        assert averages[plan]["mean_cosine"] >= 0.99
+
+
+def test_the_found_graphs_pass_their_gates(chain, quality, tmp_path):
+    options = ("--repository", chain.repository, "--assets", chain.assets, "--results", tmp_path, "--max-texts", 48)
+    succeed("client.py", "--check", "--url", chain.http, *options)
+
+
+def test_the_naive_int8_graph_fails_its_gate(chain, tmp_path):
+    folder = copy_repository(chain, tmp_path)
+    places = ("--repository", folder, "--assets", chain.assets, "--results", tmp_path)
+    succeed("quantize.py", "--naive", "--only", "INT8", *places)
+    done, (http, _) = start_server(folder)
+    assert done.returncode == 0, done.stderr
+    try:
+        checked = run("client.py", "--check", "--url", f"127.0.0.1:{http}", *places, "--max-texts", 12)
+    finally:
+        succeed("serve.sh", "stop", "--http-port", http)
+    assert checked.returncode == 1 and "TRT_INT8: expected relative L2 error at most 0.1" in checked.stderr
+    assert "TRT_BEST" not in checked.stderr and "TRT_FP16" not in checked.stderr
+
+
+@pytest.mark.parametrize("precision", common.PRECISIONS)
+def test_each_gate_can_fail(precision):
+    gate = common.GATES[precision]
+    assert not client.failed_gates({f"TRT_{precision}": gate})
+    for key, factor in (("relative_l2_error", 1.01), ("mean_cosine", 0.99)):
+        assert len(client.failed_gates({f"TRT_{precision}": gate | {key: gate[key] * factor}})) == 1
+    assert client.failed_gates({f"TRT_{precision}": {"error": "NaN"}})
 
 
 def test_engines_are_those_the_server_reports(quality):

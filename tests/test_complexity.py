@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_torch2onnx import TINY, save_checkpoint
 
+import int8_graph
 import layer_times
-import quantize
 import report_complexity
 import roofline
 from layers import (
@@ -77,7 +77,7 @@ def test_the_export_counts_too_and_the_graph_has_the_same_linears(exported):
     assert record["model"]["reference_sha256"] == card["reference_sha256"]
     graph = onnx.load(exported.repository / "model_ONNX/1/model.onnx")
     linears = [layer for layer in record["layers"] if layer["op"] == "linear"]
-    assert len(quantize.weight_matmuls(graph)) == len(linears)
+    assert len(int8_graph.weight_matmuls(graph)) == len(linears)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,295 @@
+"""Graph surgery for INT8: which MatMuls have weights, smoothing, Q/DQ, and the check of the result.
+
+A *recipe* says how the MatMuls that read one tensor are computed in INT8: {"offsets",
+"factors": float32 [in], "scale": step of the activations, "weights": {node name: (int8
+[in, out], float32 steps [out])}, "mean_errors": {node name: float32 [out]}}. Activations are
+(x - offsets) / factors, weights are multiplied by the factors: both then have small ranges
+(SmoothQuant, Outlier Suppression+). What the offsets and the rounding change in the mean of
+an output, `mean_errors`, is taken off its bias.
+"""
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from common import EMBEDDING
+
+KEEPS_ORDER = ("Reshape", "Transpose")  # between a Linear and the MatMul that reads its channels
+
+
+class GraphIndex:
+    """Who makes and who reads each tensor of a graph, and its constants."""
+
+    def __init__(self, model):
+        self.nodes = list(model.graph.node)
+        self.producer = {output: node for node in self.nodes for output in node.output}
+        self.constants = {i.name: i for i in model.graph.initializer}
+        self.outputs = {output.name for output in model.graph.output}
+        self.readers = {}
+        for node in self.nodes:
+            for name in node.input:
+                self.readers.setdefault(name, []).append(node)
+
+    def array(self, name):
+        return numpy_helper.to_array(self.constants[name])
+
+    def only_reader(self, name):
+        """The node that reads a tensor, None if there are more or the graph returns it."""
+        readers = self.readers.get(name, [])
+        return readers[0] if len(readers) == 1 and name not in self.outputs else None
+
+
+# --- which MatMuls -------------------------------------------------------------------
+
+
+def transposed(node):
+    """Whether a Gemm reads its weight as [out, in]."""
+    return any(a.name == "transB" and a.i for a in node.attribute)
+
+
+def weight_matmuls(graph):
+    """{node name: (in features, out features)} of MatMul and Gemm with a constant operand."""
+    weights = {i.name: tuple(i.dims) for i in graph.graph.initializer if len(i.dims) == 2}
+    found = {}
+    for node in graph.graph.node:
+        if node.op_type in ("MatMul", "Gemm") and node.input[1] in weights:
+            shape = weights[node.input[1]]
+            found[node.name] = shape[::-1] if transposed(node) else shape
+    return found
+
+
+def matmul_groups(graph):
+    """{tensor: [names of the weight MatMuls that read it]}: they share range and factors."""
+    names, groups = weight_matmuls(graph), {}
+    for node in graph.graph.node:
+        if node.name in names:
+            groups.setdefault(node.input[0], []).append(node.name)
+    return groups
+
+
+def matmul_weights(graph):
+    """{node name: float32 [in, out]} of the weight MatMuls."""
+    index, names = GraphIndex(graph), weight_matmuls(graph)
+    nodes = (n for n in index.nodes if n.name in names)
+    return {n.name: index.array(n.input[1]).T if transposed(n) else index.array(n.input[1]) for n in nodes}
+
+
+def last_hidden_state(graph):
+    """Name of the tensor that the output layer reads: the encoder's last hidden state."""
+    index = GraphIndex(graph)
+    node = index.producer[EMBEDDING]
+    while node.op_type not in ("MatMul", "Gemm"):
+        node = next(index.producer[name] for name in node.input if name in index.producer)
+    return node.input[0]
+
+
+def flops_share(names, shapes):
+    """Share of the weight-MatMul FLOPs that is in `names`: every token costs 2·in·out."""
+    flops = {name: k * n for name, (k, n) in shapes.items()}
+    return sum(flops[name] for name in names) / sum(flops.values())
+
+
+# --- where the factors go ------------------------------------------------------------
+
+
+def linear_before(index, tensor, features):
+    """(MatMul, bias Add or None) whose output channels `tensor` holds in their order, else None.
+
+    Between them may stand reshapes, and the product with the attention's probabilities,
+    which mixes tokens and leaves channels apart: a factor passes through it exactly. A
+    tensor that anything else reads may not change.
+    """
+    node = index.producer.get(tensor)
+    products = 0
+    while node is not None:
+        inner = node.input[0]
+        if node.op_type == "MatMul" and node.input[1] in index.constants:
+            fits = index.constants[node.input[1]].dims[1] == features
+            return (node, None) if fits else None
+        if node.op_type == "Add" and node.input[1] in index.constants:
+            before = index.producer.get(inner)
+            plain = before is not None and before.op_type == "MatMul" and before.input[1] in index.constants
+            fits = plain and index.array(node.input[1]).shape == (features,)
+            return (before, node) if fits and index.only_reader(inner) else None
+        if node.op_type == "MatMul" and products == 0:
+            products, inner = 1, node.input[1]
+        elif node.op_type not in KEEPS_ORDER:
+            return None
+        if not index.only_reader(inner):
+            return None
+        node = index.producer.get(inner)
+    return None
+
+
+def smoothing_place(index, tensor, recipe, keep, others):
+    """Where offsets and factors go: "linear", "layernorm", "mul" (nodes of their own), "none".
+
+    keep: a tensor whose value must stay, the last hidden state. others: nodes that read
+    `tensor` and expect its true value.
+    """
+    offsets, factors = recipe["offsets"], recipe["factors"]
+    if not offsets.any() and (factors == 1).all():
+        return "none"
+    found = None if others or tensor in index.outputs else linear_before(index, tensor, len(factors))
+    if found and (found[1] is not None or not offsets.any()):
+        return "linear"
+    node = index.producer.get(tensor)
+    plain = node is not None and node.op_type == "LayerNormalization" and len(node.input) == 3
+    constant = plain and all(name in index.constants for name in node.input[1:])
+    return "layernorm" if constant and tensor not in (keep, *index.outputs) else "mul"
+
+
+# --- the surgery ---------------------------------------------------------------------
+
+
+class Surgeon:
+    """A copy of a graph to put Q/DQ into: nodes before or after others, new constants."""
+
+    def __init__(self, reference):
+        self.model = onnx.ModelProto()
+        self.model.CopyFrom(reference)
+        self.index = GraphIndex(self.model)
+        self.before, self.added = {}, {}
+        self.biases = {n.name: bias_add(self.index, n) for n in self.index.nodes if n.op_type in ("MatMul", "Gemm")}
+
+    def constant(self, name, value):
+        self.added[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
+        return name
+
+    def array(self, name):
+        return numpy_helper.to_array(self.added[name]) if name in self.added else self.index.array(name)
+
+    def replace_constant(self, node, position, value):
+        """Give one node a constant of its own: another node may read the same one."""
+        node.input[position] = self.constant(f"{node.name}/input_{position}", value.astype(np.float32))
+
+    def finish(self):
+        """The graph with all nodes in order, without constants that nothing reads."""
+        nodes = []
+        for node in self.index.nodes:
+            nodes += [*self.before.get(node.name, []), node]
+        nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+        del self.model.graph.node[:]
+        self.model.graph.node.extend(nodes)
+        self.model.graph.initializer.extend(self.added.values())
+        return drop_unused(self.model)
+
+
+def drop_unused(model):
+    """The same graph without the constants that nothing reads."""
+    read = {name for node in model.graph.node for name in node.input}
+    kept = [i for i in model.graph.initializer if i.name in read]
+    kept = [onnx.TensorProto.FromString(i.SerializeToString()) for i in kept]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    return model
+
+
+def bias_add(index, node):
+    """The Add of a constant row behind a MatMul, or None."""
+    add = index.only_reader(node.output[0])
+    if add is None or add.op_type != "Add" or add.input[1] not in index.constants:
+        return None
+    return add if len(index.constants[add.input[1]].dims) == 1 else None
+
+
+def smooth_linear(surgeon, found, offsets, factors):
+    """Take offsets off a Linear's output channels and divide them by the factors."""
+    matmul, add = found
+    surgeon.replace_constant(matmul, 1, surgeon.array(matmul.input[1]) / factors)
+    if add is not None:
+        surgeon.replace_constant(add, 1, (surgeon.array(add.input[1]) - offsets) / factors)
+
+
+def smooth_layernorm(surgeon, tensor, offsets, factors):
+    """The same with a LayerNorm's scale and bias. Returns its node and those that undo it for other readers."""
+    node = surgeon.index.producer[tensor]
+    surgeon.replace_constant(node, 1, surgeon.array(node.input[1]) / factors)
+    surgeon.replace_constant(node, 2, (surgeon.array(node.input[2]) - offsets) / factors)
+    node.output[0] = f"{tensor}_smooth"
+    return node.output[0], affine_nodes(surgeon, tensor, node.output[0], tensor, factors, offsets, "unsmooth")
+
+
+def affine_nodes(surgeon, tensor, source, target, factors, offsets, name):
+    """Nodes for target = source * factors + offsets; without an Add where the offsets are zero."""
+    factors = surgeon.constant(f"{tensor}/{name}_factors", factors.astype(np.float32))
+    if not offsets.any():
+        return [helper.make_node("Mul", [source, factors], [target], name=f"{tensor}/{name}/Mul")]
+    offsets = surgeon.constant(f"{tensor}/{name}_offsets", offsets.astype(np.float32))
+    middle = f"{tensor}/{name}_product"
+    return [
+        helper.make_node("Mul", [source, factors], [middle], name=f"{tensor}/{name}/Mul"),
+        helper.make_node("Add", [middle, offsets], [target], name=f"{tensor}/{name}/Add"),
+    ]
+
+
+def quantize_activation(surgeon, tensor, source, scale):
+    """Q/DQ of one tensor; returns the two nodes and the name of their output."""
+    scale = surgeon.constant(f"{tensor}_scale", np.float32(scale))
+    zero = surgeon.constant("int8_zero", np.int8(0))
+    quantized, dequantized = f"{tensor}_int8", f"{tensor}_dequantized"
+    names = [f"{tensor}/QuantizeLinear", f"{tensor}/DequantizeLinear"]
+    nodes = [
+        helper.make_node("QuantizeLinear", [source, scale, zero], [quantized], name=names[0]),
+        helper.make_node("DequantizeLinear", [quantized, scale, zero], [dequantized], name=names[1]),
+    ]
+    return nodes, dequantized
+
+
+def insert_int8(reference, recipes, chosen):
+    """Reference graph -> graph whose MatMuls in `chosen` are computed in INT8, the rest as before.
+
+    recipes: {tensor: recipe}, of which only those with a chosen MatMul are used.
+    """
+    surgeon, keep = Surgeon(reference), last_hidden_state(reference)
+    index, divided = surgeon.index, {}
+    used = {t: [n for n in recipe["weights"] if n in chosen] for t, recipe in recipes.items()}
+    used = {t: names for t, names in used.items() if names}
+    for tensor, names in used.items():
+        offsets, factors = recipes[tensor]["offsets"], recipes[tensor]["factors"]
+        readers = index.readers[tensor]
+        others = [node for node in readers if node.name not in names]
+        place, source, nodes = smoothing_place(index, tensor, recipes[tensor], keep, others), tensor, []
+        if place == "linear":
+            found = linear_before(index, tensor, len(factors))
+            smooth_linear(surgeon, found, offsets, factors)
+            divided[found[0].name] = (offsets, factors)
+        elif place == "layernorm":
+            source, undo = smooth_layernorm(surgeon, tensor, offsets, factors)
+            nodes = undo if others else []
+        elif place == "mul":
+            source = f"{tensor}_smooth"
+            nodes = affine_nodes(surgeon, tensor, tensor, source, 1 / factors, -offsets / factors, "smooth")
+        pair, dequantized = quantize_activation(surgeon, tensor, source, recipes[tensor]["scale"])
+        first = next(node for node in index.nodes if node in readers)
+        surgeon.before.setdefault(first.name, []).extend(nodes + pair)
+        for node in readers:
+            if node.name in names:
+                node.input[0] = dequantized
+    for tensor, names in used.items():
+        for name in names:
+            insert_weight(surgeon, name, recipes[tensor], divided.get(name))
+    return surgeon.finish()
+
+
+def insert_weight(surgeon, name, recipe, divided):
+    """An INT8 weight with a step per output channel, and the bias without the mean error.
+
+    divided: (offsets, factors) of the output channels where the next MatMul's smoothing was
+    put into this Linear: its steps are divided, its INT8 values stay.
+    """
+    node = next(n for n in surgeon.index.nodes if n.name == name)
+    weight, scale = recipe["weights"][name]
+    axis, factors = 0 if transposed(node) else 1, 1 if divided is None else divided[1]
+    tensors = [
+        surgeon.constant(f"{name}/weight_int8", weight.T if axis == 0 else weight),
+        surgeon.constant(f"{name}/weight_scale", (scale / factors).astype(np.float32)),
+        surgeon.constant(f"{name}/weight_zero", np.zeros(len(scale), dtype=np.int8)),
+    ]
+    output = f"{name}/weight_dequantized"
+    dequantize = helper.make_node("DequantizeLinear", tensors, [output], name=f"{name}/weight/Dequantize", axis=axis)
+    surgeon.before.setdefault(name, []).append(dequantize)
+    node.input[1] = output
+    add = surgeon.biases[name]
+    if add is not None:
+        surgeon.replace_constant(add, 1, surgeon.array(add.input[1]) - recipe["mean_errors"][name] / factors)

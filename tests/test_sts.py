@@ -1,0 +1,54 @@
+"""sts.py: hidden states of each graph, and pairs that are refused."""
+
+import json
+
+import pytest
+from conftest import run
+
+PAIRS = (
+    ("A cat sleeps.", "A cat is sleeping.", 4.9),
+    ("A cat sleeps.", "A dog runs, fast.", 1.5),
+    ("A man plays the guitar.", "A man is playing a guitar.", 5.0),
+    ("A man plays the guitar.", "The stock market fell.", 0.0),
+    ("Rain fell all day.", "It rained the whole day.", 4.8),
+)
+
+
+def sts(exported, tmp_path, *options):
+    places = ("--repository", exported.repository, "--assets", exported.assets, "--results", tmp_path)
+    return run("sts.py", *options, *places)
+
+
+def test_hidden_states_and_similarities_of_every_graph(exported, tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text("sentence1,sentence2,score\n" + "".join(f'"{a}","{b}",{score}\n' for a, b, score in PAIRS))
+    done = sts(exported, tmp_path, "--sts", path, "--max-texts", 8)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "all-MiniLM-L6-v2/sts.json").read_text())
+    assert record["pairs"]["count"] == 5 and record["texts"] == 8
+    plans = record["plans"]
+    assert list(plans) == ["ONNX", "TRT_FP32", "TRT_FP16", "TRT_INT8", "TRT_BEST"]
+    assert plans["ONNX"]["mean_cosine"] == pytest.approx(1) and plans["ONNX"]["relative_l2_error"] == 0
+    assert plans["TRT_FP16"]["mean_cosine"] > 0.9999
+    assert 0.99 < plans["TRT_INT8"]["mean_cosine"] < 0.9999 and plans["TRT_BEST"]["mean_cosine"] > 0.99
+    assert all(row["spearman"] > 0.85 for row in plans.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("a,b,1\na,b\n", "row 2"),
+        ("a,b,1\n", "at least 3 pairs"),
+        ("a,b,1\na,b,2\na,b,nan\n", "finite"),
+        ("", "found 0"),
+    ],
+)
+def test_pairs_of_another_form_are_refused(exported, tmp_path, text, word):
+    (tmp_path / "pairs.csv").write_text(text)
+    done = sts(exported, tmp_path, "--sts", tmp_path / "pairs.csv")
+    assert done.returncode == 1 and word in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_missing_file_of_pairs_is_named(exported, tmp_path):
+    done = sts(exported, tmp_path, "--sts", tmp_path / "none.csv")
+    assert done.returncode == 1 and "none.csv: expected a CSV file" in done.stderr
