@@ -28,6 +28,7 @@ import onnx
 import tokenizers
 from onnx import numpy_helper
 
+from classifier_repository import refresh
 from common import (
     ASSETS,
     ATTENTION_MASK,
@@ -45,6 +46,7 @@ from common import (
 from repository import describe, graph_tensors, read_graph
 
 MIN_CALIBRATION_ROWS = 4
+DYNAMIC_ROW = 128  # tokens of a calibration row where the graph takes any length
 MIN_QUANTIZED_SHARE = 0.95  # of the FLOPs that were asked for
 ACTIVATIONS = ("Erf", "Tanh", "Gelu", "Relu", "Sigmoid")
 ELEMENTWISE = ("Add", "Mul", "Div", "Pow")  # what the exporter writes GELU with
@@ -85,6 +87,12 @@ def pack_texts(assets, texts, length):
         )
     ids = np.array(stream[: rows * length], dtype=np.int64).reshape(rows, length)
     return {INPUT_IDS: ids, ATTENTION_MASK: np.ones_like(ids)}
+
+
+def complete_inputs(calibration, graph):
+    """The calibration rows with what else the graph wants: a classifier may take token types, all of the first."""
+    others = {i.name for i in graph.graph.input} - set(calibration)
+    return calibration | {name: np.zeros_like(calibration[INPUT_IDS]) for name in others}
 
 
 # --- which MatMuls -------------------------------------------------------------------
@@ -234,17 +242,20 @@ def parse_args():
     )
     parser.add_argument("--only", choices=PRECISIONS, help="make one graph")
     parser.add_argument("--repository", type=Path, default=REPOSITORY)
-    parser.add_argument("--assets", type=Path, default=ASSETS)
-    return parser.parse_args()
+    parser.add_argument("--assets", type=Path, help="default: assets/; a classifier's repository is its own")
+    args = parser.parse_args()
+    args.classifier = (args.repository / "model.json").is_file()
+    args.assets = args.assets or (args.repository if args.classifier else ASSETS)
+    return args
 
 
 def main():
     args = parse_args()
     reference_path = args.repository / EMBEDDERS[REFERENCE] / "1" / "model.onnx"
     reference = read_graph(reference_path)
-    length = reference.graph.input[0].type.tensor_type.shape.dim[1].dim_value
+    length = reference.graph.input[0].type.tensor_type.shape.dim[1].dim_value or DYNAMIC_ROW
     texts = read_texts(args.calibration_texts) if args.calibration_texts else split_texts(read_texts(TEXTS))[0]
-    calibration = pack_texts(args.assets, texts, length)
+    calibration = complete_inputs(pack_texts(args.assets, texts, length), reference)
     shapes = weight_matmuls(reference)
     behind_activation = after_activation(reference)
     quantizable = {name: shape for name, shape in shapes.items() if name not in behind_activation}
@@ -272,6 +283,8 @@ def main():
             f"{precision:4} {path.stat().st_size / 1e6:7.1f} MB, {share:4.0%} of the weight-MatMul FLOPs in INT8, {path}",
             flush=True,
         )
+    if args.classifier:
+        refresh(args.repository)
 
 
 if __name__ == "__main__":
