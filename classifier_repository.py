@@ -228,8 +228,11 @@ def refresh(repository):
     write_configs(repository, service["name"], choose(repository, service["precision"]), service["max_batch_size"])
 
 
-def extract(source, target, name, precision, max_batch_size):
-    """Write a repository with one graph of `source` into `target`, which must be new or one of ours."""
+def extract(source, target, name, precision, max_batch_size, engine="onnx"):
+    """Write a repository with one graph of `source` into `target`, which must be new or one of ours.
+
+    engine: onnx, what any machine can serve, or plan, for the GPU that the plan was built on.
+    """
     suffix = choose(source, precision)
     if target.exists() and any(target.iterdir()) and not (target / "model.json").is_file():
         raise SystemExit(
@@ -240,6 +243,8 @@ def extract(source, target, name, precision, max_batch_size):
         version = temporary / EMBEDDERS[suffix] / "1"
         version.mkdir(parents=True)
         copy_graph(source / EMBEDDERS[suffix] / "1", version)
+        if engine == "plan":
+            copy_plan(source / EMBEDDERS[suffix] / "1", version)
         card = read_card(source)
         write_json(temporary / "model.json", card | {"service": {}})
         package = source / "tokenizer" / "site-packages" / "tokenizers"
@@ -253,7 +258,7 @@ def extract(source, target, name, precision, max_batch_size):
 
 
 def copy_graph(source, target):
-    """The graph as ONNX Runtime executes it right, and the plan where there is one.
+    """The graph as ONNX Runtime executes it right.
 
     Its CPU kernel for float16 QuantizeLinear truncates (common.open_session); the project's
     backend mends that when it loads a graph, a stock server would not.
@@ -265,6 +270,12 @@ def copy_graph(source, target):
         shutil.copyfile(source / "model.onnx", target / "model.onnx")
     else:
         onnx.save(graph, target / "model.onnx")
+
+
+def copy_plan(source, target):
+    """The plan with its manifest; exits where there is none."""
+    if not (source / "model.plan").is_file():
+        raise SystemExit(f"{source / 'model.plan'}: expected a TensorRT plan, found none; leave --engine plan out")
     for name in ("model.plan", "manifest.json"):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
@@ -338,6 +349,9 @@ def parse_args():
     parser.add_argument(
         "--output", type=Path, help="write a repository with that one graph here, and leave the other alone"
     )
+    parser.add_argument(
+        "--engine", choices=tuple(PLATFORMS), default="onnx", help="with --output: the graph, or its TensorRT plan"
+    )
     args = parser.parse_args()
     if args.max_batch_size is not None and args.max_batch_size < 1:
         parser.error("--max-batch-size: expected at least 1")
@@ -352,7 +366,7 @@ def main():
     batch = args.max_batch_size or before.get("max_batch_size", MAX_BATCH_SIZE)
     suffix = choose(args.repository, precision)
     if args.output:
-        extract(args.repository, args.output, name, precision, batch)
+        extract(args.repository, args.output, name, precision, batch, args.engine)
     else:
         write_configs(args.repository, name, suffix, batch)
     labels = len(read_card(args.repository)["labels"])

@@ -74,13 +74,10 @@ def package(args):
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / root
         folder.mkdir()
-        extract(
-            args.repository,
-            folder / "model_repository",
-            name,
-            precision,
-            args.max_batch_size or service["max_batch_size"],
-        )
+        # what was measured is what is packed
+        engine = "plan" if study["models"][winner]["engine"].startswith("TensorRT") else "onnx"
+        batch = args.max_batch_size or service["max_batch_size"]
+        extract(args.repository, folder / "model_repository", name, precision, batch, engine)
         write_manifest(folder, name, winner, study)
         write_archive(folder, root, output)
     print(f"{output}: {name} with {EMBEDDERS[winner]}, {output.stat().st_size / 1e6:.1f} MB, sha256 {sha256(output)}")
