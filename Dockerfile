@@ -19,4 +19,4 @@ USER 1000:1000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
     CMD ["python3", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/v2/health/ready', timeout=4)"]
 
-CMD ["tritonserver", "--model-repository=/models", "--disable-auto-complete-config", "--exit-timeout-secs=10"]
+CMD ["tritonserver", "--model-repository=/models", "--exit-timeout-secs=10"]

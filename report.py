@@ -2,7 +2,7 @@
 """Write what results/ holds into the marked blocks of report.md and README.md.
 
 Reads:  results/<model>/quality.json, quality.csv, perf.json, plans.json,
-        compile.json, tune.json.
+        compile.json, tune.json; of a classifier verdicts.json, verdicts.csv.
 Writes: the text between <!-- begin NAME --> and <!-- end NAME --> in report.md and
         README.md, pictures beside the data they show.
 Run:    ./report.py
@@ -18,12 +18,13 @@ from pathlib import Path
 from common import RESULTS, ROOT, read_json, replace_when_done
 from report_pictures import PICTURES, picture_is_current, save_picture
 from report_tables import BLOCKS
+from report_verdicts import block_verdicts
 
-FILES = ("quality", "perf", "plans", "compile", "tune")
+FILES = ("quality", "perf", "plans", "compile", "tune", "verdicts")
 
 
 def load_results(folder):
-    """[{slug, quality, perf, plans, compile, tune}] of every model, real weights first.
+    """[{slug, quality, perf, plans, compile, tune, verdicts}] of every model, real weights first.
 
     A missing file is None, and so is one of another export than the first that is there:
     measurements of two exports are not put side by side.
@@ -84,7 +85,8 @@ def parse_args():
 def main():
     args = parse_args()
     models = load_results(args.results)
-    texts = {name: block(models) for name, block in BLOCKS.items()}
+    encoders = [m for m in models if m["card"].get("task") != "classification"]
+    texts = {name: block(encoders) for name, block in BLOCKS.items()} | {"verdicts": block_verdicts(models)}
     stale = []
     for model in models:
         for name, (kind, _, _) in PICTURES.items():

@@ -11,6 +11,7 @@ from PIL import Image
 
 from common import PRECISIONS, replace_when_done
 from report_tables import title
+from report_verdicts import draw_verdicts
 
 # readable in black and white
 LINES = {
@@ -87,6 +88,7 @@ def draw_performance(model):
 PICTURES = {
     "quality.png": ("quality", draw_deviations, "quality.csv"),
     "perf.png": ("perf", draw_performance, "perf.json"),
+    "verdicts.png": ("verdicts", draw_verdicts, "verdicts.json"),  # which holds the digest of verdicts.csv
 }
 
 
