@@ -21,7 +21,7 @@ import onnx
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from checkpoint import check_checkpoint, load_tokenizer
+from checkpoint import load_tokenizer
 from classifier_repository import check_name, present, write_configs, write_tokenizer
 from classifier_tokens import encode, load_served_tokenizer, set_lengths
 from common import (
@@ -65,7 +65,6 @@ class Classifier(torch.nn.Module):
 def load_classifier(args):
     """(Classifier, tokenizer, card); exits for what is no classifier with a head."""
     folder, tokenizer_folder, card = find_folders(args)
-    check_checkpoint(tokenizer_folder if args.tokenizer else folder, random_weights=bool(args.tokenizer))
     model = load_model(folder)
     labels = read_labels(args.labels, model.config, folder)
     tokenizer = load_tokenizer(tokenizer_folder, args.max_length or SHORTEST)

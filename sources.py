@@ -5,10 +5,11 @@ function and a line in SOURCES. The client libraries are not in requirements.txt
 their models in such a place has its library, or is told which pip install brings it.
 """
 
+import argparse
 import importlib
 from pathlib import Path
 
-from checkpoint import TOKENIZER_FILES, find_checkpoint
+from checkpoint import TOKENIZER_FILES, check_checkpoint, find_checkpoint
 
 
 def fetch_clearml(clearml, reference):
@@ -75,12 +76,33 @@ def find_folders(args):
     is the checkpoint's.
     """
     folder, card = find_folder(args)
+    source, origin = args.model, None
+    tokenizer = folder
     if args.tokenizer:
-        tokenizer, origin = find_folder(type(args)(**vars(args) | {"model": args.tokenizer, "revision": None}))
-        if split_reference(args.tokenizer)[0]:
-            tokenizer = inner_folder(tokenizer, TOKENIZER_FILES, "a tokenizer")
-        return folder, tokenizer, card | {"tokenizer": origin}
-    return folder, inner_folder(folder, TOKENIZER_FILES, "a tokenizer"), card
+        source = args.tokenizer
+        tokenizer, origin = find_folder(argparse.Namespace(**vars(args) | {"model": source, "revision": None}))
+    # a registry may nest them, MLflow the tokenizer apart from the model
+    if split_reference(source)[0]:
+        tokenizer = inner_folder(tokenizer, TOKENIZER_FILES, "a tokenizer")
+    if split_reference(args.model)[0]:
+        folder = inner_folder(folder, ("config.json",), "a checkpoint")
+    check_folders(folder, tokenizer)
+    return folder, tokenizer, card | ({"tokenizer": origin} if origin else {})
+
+
+def check_folders(folder, tokenizer):
+    """Exit if config or weights are missing in the one, or the tokenizer in the other."""
+    if tokenizer == folder:
+        check_checkpoint(folder, random_weights=False)
+    for path, names, what in (
+        (folder, ("config.json",), "a checkpoint's config"),
+        (folder, ("*.safetensors",), "weights"),
+        (tokenizer, TOKENIZER_FILES, "a tokenizer"),
+    ):
+        if not any(found for name in names for found in path.glob(name)):
+            raise SystemExit(
+                f"{path}: expected {what} ({', '.join(names)}), found none; save it there with save_pretrained"
+            )
 
 
 def find_folder(args):
@@ -93,7 +115,5 @@ def find_folder(args):
             f"--revision: expected a version in {args.model} itself, found {args.revision} apart; leave it out"
         )
     folder = fetch(args.model)
-    if any(folder.rglob("config.json")):  # a tokenizer given apart may have none
-        folder = inner_folder(folder, ("config.json",), "a checkpoint")
     name = reference.rstrip("/").split("/")[-1 if prefix != "mlflow" else -2 if reference.count("/") > 1 else -1]
     return folder, {"name": name.split(":")[0] or reference, "source": args.model, "revision": None}
