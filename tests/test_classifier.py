@@ -9,17 +9,16 @@ import onnx
 import pytest
 import torch
 import transformers
-from conftest import MINILM, run, save_classifier, succeed, tiny_config
+from conftest import MINILM, run, run_here, save_classifier, succeed, tiny_config
 
 import checkpoint
 import classifier_tokens
 import common
+import torch2onnx
 
 
-def export(folder, model, *options, **others):
-    return run(
-        "torch2onnx.py", "--task", "classification", "--model", model, "--repository", folder, *options, **others
-    )
+def export(folder, model, *options):
+    return run_here(torch2onnx, "--task", "classification", "--model", model, "--repository", folder, *options)
 
 
 def shapes(repository):
