@@ -33,12 +33,13 @@ from common import (
     REPOSITORY,
     ROOT,
     TEXT,
+    gpu_record,
     read_json,
     replace_when_done,
     sha256,
     write_json,
 )
-from repository import COMMENTS, config_text, describe, graph_tensors, read_config, read_graph, tensors
+from repository import COMMENTS, PINNED_TENSORRT, config_text, describe, graph_tensors, read_config, read_graph, tensors
 
 LABEL, SCORE = "LABEL", "SCORE"
 PARTS = ("tokenizer", "postprocess", *EMBEDDERS.values())
@@ -133,6 +134,11 @@ def check_name(name):
 def present(repository):
     """Suffixes of the models whose graphs are there, the reference first."""
     return [s for s, model in EMBEDDERS.items() if (repository / model / "1" / "model.onnx").is_file()]
+
+
+def is_classifier(repository):
+    """Whether the folder is a classifier's repository: it holds its own record."""
+    return (repository / "model.json").is_file()
 
 
 def read_card(repository):
@@ -330,12 +336,29 @@ def check_graph(repository, suffix, card, engine):
             f"{path}: expected a graph of the export {card['reference_sha256'][:12]}, found one of {made_from[:12]}; "
             f"run quantize.py --repository {repository}"
         )
-    if (
-        engine == "plan"
-        and read_config(path.parents[1] / "config.pbtxt").platform == PLATFORMS["plan"]
-        and not (path.with_name("model.plan").is_file())
+    platform = read_config(path.parents[1] / "config.pbtxt").platform
+    wanted = PLATFORMS[engine_of(repository, suffix)]
+    if platform != wanted:
+        raise SystemExit(
+            f"{path.parents[1] / 'config.pbtxt'}: expected platform {wanted}, found {platform}; "
+            f"run classifier_repository.py --repository {repository}"
+        )
+    if engine == "plan" and wanted == PLATFORMS["plan"]:
+        check_plan_fits(path.with_name("model.plan"))
+
+
+def check_plan_fits(plan):
+    """Exit unless the plan is the manifest's, for this GPU and the TensorRT of the pinned image."""
+    remedy = "run build_trt.sh on the GPU that serves"
+    manifest = read_json(plan.with_name("manifest.json"), remedy)
+    gpu = gpu_record() or {}
+    for what, key, expected in (
+        ("SHA-256", "plan_sha256", sha256(plan)),
+        ("GPU", "gpu", gpu.get("name")),
+        ("TensorRT", "tensorrt_version", PINNED_TENSORRT),
     ):
-        raise SystemExit(f"{path.with_name('model.plan')}: expected a TensorRT plan, found none; run build_trt.sh")
+        if expected and manifest.get(key) != expected:
+            raise SystemExit(f"{plan}: expected {what} {expected}, found one for {manifest.get(key)}; {remedy}")
 
 
 def parse_args():

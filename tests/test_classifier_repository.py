@@ -7,11 +7,12 @@ import sys
 import types
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from conftest import ROOT, run_here
+from conftest import ROOT, run, run_here
 
 import classifier_repository
 import classifier_tokens
@@ -216,3 +217,28 @@ def test_every_precision_is_served_as_its_graph_is(service):
         _, answer = post(service, f"{model}/infer", {"inputs": tensors})
         expected = common.open_session(service.repository / model / "1/model.onnx").run(["LOGITS"], feeds)[0]
         np.testing.assert_allclose(np.reshape(answer["outputs"][0]["data"], (1, 2)), expected, atol=1e-4)
+
+
+# --- plans ---------------------------------------------------------------------------
+
+
+def test_plans_are_built_for_every_length_and_then_served_from(reviews, tmp_path):
+    folder = copy(reviews.repository, tmp_path / "reviews")
+    standin = {"TRTEXEC": str(ROOT / "tests/trtexec_standin.py"), "STANDIN_VERSION": "101601"}
+    environment = os.environ | standin | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    options = ("--model-repository", folder, "--results", tmp_path / "results", "--only", "INT8")
+    done = run("build_trt.sh", *options, "--dry-run", env=environment)
+    names = ("INPUT_IDS", "ATTENTION_MASK", "TOKEN_TYPE_IDS")
+    for what, shape in (("min", "1x1"), ("opt", "4x128"), ("max", "8x512")):
+        assert f"--{what}Shapes=" + "\\,".join(f"{name}:{shape}" for name in names) in done.stdout
+    done = run("build_trt.sh", *options, env=environment)
+    assert done.returncode == 0, done.stderr
+    platforms = {s: repository.read_config(folder / m / "config.pbtxt").platform for s, m in common.EMBEDDERS.items()}
+    assert [s for s, platform in platforms.items() if platform == "tensorrt_plan"] == ["TRT_INT8"]
+    assert check(folder).returncode == 0
+    done = write(folder, "--precision", "INT8", "--engine", "plan", "--output", tmp_path / "out")
+    assert done.returncode == 0 and (tmp_path / "out/model_TRT_INT8/1/model.plan").is_file(), done.stderr
+    manifest = tmp_path / "out/model_TRT_INT8/1/manifest.json"
+    common.write_json(manifest, json.loads(manifest.read_text()) | {"tensorrt_version": "11.0.0"})
+    done = run_here(repository, "--repository", tmp_path / "out", "--engine", "plan")
+    assert done.returncode == 1 and "expected TensorRT 10.16.1, found one for 11.0.0" in done.stderr
