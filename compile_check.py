@@ -18,6 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from classifier_repository import is_classifier
 from common import (
     ASSETS,
     EMBEDDERS,
@@ -95,7 +96,7 @@ def parse_args():
     parser.add_argument("--assets", type=Path, help="default: assets/; a classifier's repository is its own")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
-    args.assets = args.assets or (args.repository if (args.repository / "model.json").is_file() else ASSETS)
+    args.assets = args.assets or (args.repository if is_classifier(args.repository) else ASSETS)
     return args
 
 

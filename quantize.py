@@ -28,7 +28,7 @@ import onnx
 import tokenizers
 from onnx import numpy_helper
 
-from classifier_repository import refresh
+from classifier_repository import is_classifier, refresh
 from common import (
     ASSETS,
     ATTENTION_MASK,
@@ -244,7 +244,7 @@ def parse_args():
     parser.add_argument("--repository", type=Path, default=REPOSITORY)
     parser.add_argument("--assets", type=Path, help="default: assets/; a classifier's repository is its own")
     args = parser.parse_args()
-    args.classifier = (args.repository / "model.json").is_file()
+    args.classifier = is_classifier(args.repository)
     args.assets = args.assets or (args.repository if args.classifier else ASSETS)
     return args
 

@@ -346,9 +346,9 @@ def parse_args():
 
 def main():
     args = parse_args()
-    if (args.repository / "model.json").is_file():  # a classifier's repository holds its own record
-        from classifier_repository import check_classifier_repository  # it is built on this module
+    from classifier_repository import check_classifier_repository, is_classifier  # built on this module
 
+    if is_classifier(args.repository):
         print(f"{check_classifier_repository(args.repository, args.engine)}, graphs and configs agree")
         return
     assets = args.assets or args.repository.resolve().parent / ASSETS.relative_to(ROOT)

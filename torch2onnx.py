@@ -277,7 +277,7 @@ def main():
     args = parse_args()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     if args.task == "classification":
-        from classifier import export_classifier  # it takes its steps from here
+        from classifier_export import export_classifier  # it takes its steps from here
 
         export_classifier(args)
         return
