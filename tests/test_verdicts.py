@@ -99,15 +99,23 @@ def test_macro_averages_run_over_the_classes():
     assert quality["recall"]["value"] == pytest.approx((0.5 + 1 + 1) / 3)
 
 
+def conclude(latency, bound=0.995, texts=5000):
+    known = (("ONNX", 0.999, 1e-6), ("TRT_FP16", 0.998, 1e-3), ("TRT_INT8", 0.98, 0.5))
+    rows = {name: {"agreement": {"low": low}, "deviation": {"max_abs": error}} for name, low, error in known}
+    return verdicts.conclude(
+        rows, dict(zip(rows, latency, strict=True)), dict.fromkeys(rows, "somewhere"), bound, texts
+    )
+
+
 def test_the_fastest_of_those_that_agree_enough_wins():
-    rows = {
-        name: {"agreement": {"low": low}} for name, low in (("ONNX", 0.999), ("TRT_FP16", 0.998), ("TRT_INT8", 0.98))
-    }
-    latency = {"ONNX": 5.0, "TRT_FP16": 3.0, "TRT_INT8": 1.0}
-    found = verdicts.conclude(rows, latency, dict.fromkeys(rows, "somewhere"), 0.995, 5000)
+    found = conclude((5.0, 3.0, 1.0))
     assert found["winner"] == "TRT_FP16" and "2 of 3 models pass" in found["text"]
-    found = verdicts.conclude(rows, latency, dict.fromkeys(rows, "somewhere"), 0.9999, 100)
+    found = conclude((5.0, 3.0, 1.0), bound=0.9999, texts=100)
     assert found["winner"] is None and "needs at least 36887 texts" in found["text"]
+
+
+def test_noise_does_not_make_a_model_the_fastest():
+    assert conclude((3.1, 3.0, 1.0))["winner"] == "ONNX"
 
 
 # --- the study -----------------------------------------------------------------------
