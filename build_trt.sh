@@ -127,8 +127,6 @@ choose_graph() {
   [ -z "$plain" ] || graph=$reference
 }
 
-shapes() { echo "INPUT_IDS:$1x$length,ATTENTION_MASK:$1x$length"; }
-
 # Sets command; $2 and $3 are the plan and the layer file to write.
 make_command() {
   choose_graph "$1"
@@ -136,9 +134,9 @@ make_command() {
     "${trtexec[@]}"
     "--onnx=$models/$graph"
     "--saveEngine=$2"
-    "--minShapes=$(shapes 1)"
-    "--optShapes=$(shapes "$opt_batch")"
-    "--maxShapes=$(shapes "$MAX_BATCH")"
+    "--minShapes=${shapes[0]}"
+    "--optShapes=${shapes[1]}"
+    "--maxShapes=${shapes[2]}"
     --skipInference
     --profilingVerbosity=detailed
     "--exportLayerInfo=$3"
@@ -198,6 +196,8 @@ main() {
   find_trtexec
   read_version
   length=$("${plans[@]}" length) || exit 1
+  mapfile -t shapes < <("${plans[@]}" shapes --opt-batch "$opt_batch")
+  [ ${#shapes[@]} -eq 3 ] || fail "expected the graph's shapes, found none; run torch2onnx.py"
   local precision failed=()
   if [ -n "$dry_run" ]; then
     echo "# TensorRT $major (${trtexec[0]}), length $length" >&2

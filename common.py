@@ -30,6 +30,9 @@ TEXT = "TEXT"
 INPUT_IDS = "INPUT_IDS"
 ATTENTION_MASK = "ATTENTION_MASK"
 EMBEDDING = "EMBEDDING"
+# of a classifier (torch2onnx.py --task classification)
+TOKEN_TYPE_IDS = "TOKEN_TYPE_IDS"
+LOGITS = "LOGITS"
 
 REFERENCE = "ONNX"
 PRECISIONS = ("FP32", "FP16", "INT8", "BEST")
@@ -45,6 +48,8 @@ GATES = {
     "INT8": {"relative_l2_error": 0.10, "mean_cosine": 0.99},
     "BEST": {"relative_l2_error": 0.10, "mean_cosine": 0.99},
 }
+# INT8 and BEST of a classifier, over all texts at once: the direction of two logits says little
+LOGITS_GATE = {"relative_l2_error": 0.05, "mean_cosine": 0.9}
 
 MAX_BATCH_SIZE = 8  # the largest batch of the plans: --maxShapes of build_trt.sh
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from classifier_repository import is_classifier
 from common import (
     ASSETS,
     EMBEDDERS,
@@ -32,6 +33,7 @@ from common import (
 
 ARCHITECTURES = ("SM80", "SM86", "SM89", "SM120")  # A100; A10, RTX 30; L4, RTX 40; RTX 50
 OPT_BATCH = 4  # as build_trt.sh
+LENGTHS = (1, 128, 512)  # tokens; a classifier's card says its limit
 
 
 def load_tensorrt():
@@ -59,8 +61,11 @@ def quiet_logger(trt, messages):
     return Logger()
 
 
-def compile_graph(trt, path, architecture):
-    """Parse and build one graph for one architecture. Returns None, or the error's text."""
+def compile_graph(trt, path, architecture, lengths=LENGTHS):
+    """Parse and build one graph for one architecture. Returns None, or the error's text.
+
+    lengths: smallest, optimal and largest, for a graph whose sequence length is dynamic.
+    """
     messages = []
     logger = quiet_logger(trt, messages)
     builder = trt.Builder(logger)
@@ -73,7 +78,8 @@ def compile_graph(trt, path, architecture):
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
         rest = tuple(tensor.shape)[1:]
-        profile.set_shape(tensor.name, *((batch, *rest) for batch in (1, OPT_BATCH, MAX_BATCH_SIZE)))
+        shapes = zip((1, OPT_BATCH, MAX_BATCH_SIZE), lengths, strict=True)
+        profile.set_shape(tensor.name, *((b, *(n if d == -1 else d for d in rest)) for b, n in shapes))
     config.add_optimization_profile(profile)
     config.num_compute_capabilities = 1
     config.set_compute_capability(getattr(trt.ComputeCapability, architecture), 0)
@@ -87,9 +93,11 @@ def parse_args():
     parser.add_argument("graphs", type=Path, nargs="*", help="other ONNX files; their result is printed only")
     parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--repository", type=Path, default=REPOSITORY)
-    parser.add_argument("--assets", type=Path, default=ASSETS)
+    parser.add_argument("--assets", type=Path, help="default: assets/; a classifier's repository is its own")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.assets = args.assets or (args.repository if is_classifier(args.repository) else ASSETS)
+    return args
 
 
 def main():
@@ -101,11 +109,15 @@ def main():
     missing = [str(path) for path in graphs.values() if not path.is_file()]
     if missing:
         raise SystemExit(f"{missing[0]}: expected an ONNX graph, found none; run torch2onnx.py, then quantize.py")
+    limit = LENGTHS[-1]
+    if not args.graphs:
+        limit = read_json(args.assets / "model.json", "run torch2onnx.py")["max_length"]
+    lengths = tuple(min(n, limit) for n in LENGTHS)
     rows = []
     pairs = [(name, path, a) for name, path in graphs.items() for a in args.architectures]
     for name, path, architecture in tqdm(pairs, desc="compile", unit="graph", mininterval=1, file=sys.stderr):
         started = time.perf_counter()
-        error = compile_graph(trt, path, architecture)
+        error = compile_graph(trt, path, architecture, lengths)
         seconds = round(time.perf_counter() - started, 2)
         rows.append({"graph": name, "architecture": architecture, "error": error, "seconds": seconds})
         tqdm.write(

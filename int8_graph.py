@@ -12,8 +12,6 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from common import EMBEDDING
-
 KEEPS_ORDER = ("Reshape", "Transpose")  # between a Linear and the MatMul that reads its channels
 
 
@@ -77,7 +75,7 @@ def matmul_weights(graph):
 def last_hidden_state(graph):
     """Name of the tensor that the output layer reads: the encoder's last hidden state."""
     index = GraphIndex(graph)
-    node = index.producer[EMBEDDING]
+    node = index.producer[graph.graph.output[0].name]
     while node.op_type not in ("MatMul", "Gemm"):
         node = next(index.producer[name] for name in node.input if name in index.producer)
     return node.input[0]

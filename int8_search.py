@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from tqdm import tqdm
 
-from common import ATTENTION_MASK, EMBEDDING, INPUT_IDS, MAX_BATCH_SIZE, deviations, open_session
+from common import ATTENTION_MASK, INPUT_IDS, MAX_BATCH_SIZE, deviations, open_session
 from int8_graph import GraphIndex, bias_add, flops_share, insert_int8, matmul_groups, matmul_weights, weight_matmuls
 
 INT8_MAX = 127  # symmetric: -128 is not used
@@ -34,11 +34,14 @@ CURVE_STEP = 0.1  # of the FLOPs, between points of the curve below the least sh
 
 def feeds(encoded, start=0):
     """One batch of the encoded texts as the graph's inputs."""
-    return {name: encoded[name][start : start + MAX_BATCH_SIZE] for name in (INPUT_IDS, ATTENTION_MASK)}
+    return {name: values[start : start + MAX_BATCH_SIZE] for name, values in encoded.items()}
 
 
 def capture_activations(reference, tensors, encoded, seed):
-    """{tensor: float32 [tokens, channels]} of real tokens: padding has values no answer depends on."""
+    """{tensor: float32 [tokens, channels]} of real tokens: padding has values no answer depends on.
+
+    A tensor with one row per text, behind a classifier's pooling, is left out: its MatMul costs next to nothing.
+    """
     model = onnx.ModelProto()
     model.CopyFrom(reference)
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors)
@@ -53,8 +56,9 @@ def capture_activations(reference, tensors, encoded, seed):
         kept = keep[seen : seen + real.sum()]
         seen += real.sum()
         for name, values in zip(tensors, session.run(list(tensors), batch), strict=True):
-            found[name].append(values[real][kept])
-    return {name: np.concatenate(parts) for name, parts in found.items()}
+            if values.shape[:-1] == real.shape:
+                found[name].append(values[real][kept])
+    return {name: np.concatenate(parts) for name, parts in found.items() if parts}
 
 
 # --- the recipe of one tensor --------------------------------------------------------
@@ -171,7 +175,7 @@ def find_recipes(reference, calibration, held_out, seed):
     ranges = capture_activations(reference, list(groups), calibration, seed)
     held_out = capture_activations(reference, list(groups), held_out, seed)
     recipes = {}
-    for tensor in tqdm(groups, desc="ranges", unit="tensor", mininterval=1):
+    for tensor in tqdm(list(ranges), desc="ranges", unit="tensor", mininterval=1):
         own = {name: weights[name] for name in groups[tensor]}
         biased = all(bias_add(index, nodes[name]) is not None for name in own)
         recipes[tensor] = find_recipe(ranges.pop(tensor), held_out.pop(tensor)[:MAX_ERROR_TOKENS], own, biased)
@@ -194,24 +198,32 @@ def naive_recipes(reference, calibration, seed):
 # --- which MatMuls -------------------------------------------------------------------
 
 
-def candidate_matmuls(reference):
-    """Names of the weight MatMuls with enough FLOPs for INT8 to matter."""
+def candidate_matmuls(reference, recipes=None):
+    """Names of the weight MatMuls with enough FLOPs for INT8 to matter, and a recipe if there are recipes."""
     shapes = weight_matmuls(reference)
-    return [name for name in shapes if flops_share([name], shapes) >= NEGLIGIBLE_SHARE]
+    names = shapes if recipes is None else {name for recipe in recipes.values() for name in recipe["weights"]}
+    return [name for name in shapes if name in names and flops_share([name], shapes) >= NEGLIGIBLE_SHARE]
 
 
 def run_graph(graph, encoded):
-    """EMBEDDING of every text, float32 [texts, length, outputs]."""
+    """The graph's one output for every text: EMBEDDING [texts, length, outputs], or LOGITS [texts, 1, classes]."""
     session = open_session(graph)
     starts = range(0, len(encoded[INPUT_IDS]), MAX_BATCH_SIZE)
-    return np.concatenate([session.run([EMBEDDING], feeds(encoded, start))[0] for start in starts])
+    found = np.concatenate([session.run(None, feeds(encoded, start))[0] for start in starts])
+    return found if found.ndim == 3 else found[:, None]
 
 
 def measure(graph, expected, encoded):
-    """Mean over texts of cosine and relative L2 error, as client.py measures them; None where not finite."""
+    """Mean over texts of cosine and relative L2 error, as client.py measures them; None where not finite.
+
+    Logits are compared over all texts at once: a text near the boundary has next to none, and no share of them counts.
+    """
     found, mask = run_graph(graph, encoded), encoded[ATTENTION_MASK]
     try:
-        rows = [deviations(expected[i : i + 1], found[i : i + 1], mask[i : i + 1]) for i in range(len(mask))]
+        if found.shape[1] == 1:
+            rows = [deviations(expected, found, np.ones_like(mask[:, :1]))]
+        else:
+            rows = [deviations(expected[i : i + 1], found[i : i + 1], mask[i : i + 1]) for i in range(len(mask))]
     except ValueError:  # overflow
         return {"mean_cosine": None, "relative_l2_error": None}
     return {key: float(np.mean([row[key] for row in rows])) for key in ("mean_cosine", "relative_l2_error")}
@@ -292,7 +304,7 @@ def search_int8(reference, recipes, selection, target, min_share, deadline, quic
     quick: stop where all in INT8 meet the target; the rows are then not measured.
     Returns (names in INT8 or None, {"matmuls": rows, "curve": points, "time_was_over"}).
     """
-    names = candidate_matmuls(reference)
+    names = candidate_matmuls(reference, recipes)
     search = Search(reference, recipes, selection, deadline)
     everything = search.point(names)  # first of all: it may be the answer, and is one if time runs out
     decided = quick and meets(everything, target)
@@ -328,5 +340,8 @@ def left_out(name, shapes):
     share = flops_share([name], shapes)
     row = {"matmul": name, "shape": list(shapes[name]), "flops_share": share}
     row |= {"mean_cosine": None, "relative_l2_error": None, "int8": False}
-    row["why"] = f"less than {NEGLIGIBLE_SHARE:.1%} of the FLOPs: INT8 could save nothing"
+    small = (
+        f"less than {NEGLIGIBLE_SHARE:.1%} of the FLOPs" if share < NEGLIGIBLE_SHARE else "one row a text, not a token"
+    )
+    row["why"] = f"{small}: INT8 could save nothing"
     return row | {"alpha": None, "offsets": None, "clip": None}

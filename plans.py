@@ -17,10 +17,12 @@ from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
 
+from classifier_repository import check_classifier_repository, is_classifier, read_card, refresh
 from common import (
     ASSETS,
     EMBEDDERS,
     INPUT_IDS,
+    MAX_BATCH_SIZE,
     PRECISIONS,
     REFERENCE,
     REPOSITORY,
@@ -37,6 +39,7 @@ from repository import check_embedder, plan_folder, read_config, read_graph
 
 # "Format/Datatype" of a layer's tensors: Half, Float, "Row major linear FP32", "Row major Int8 format"
 DATA_TYPES = (("INT8", r"int8"), ("BF16", r"bf16|bfloat16"), ("FP16", r"fp16|half"), ("FP32", r"fp32|float"))
+OPT_LENGTH = 128  # tokens that a classifier's plan is tuned for, where its length is dynamic
 NEEDED = {"FP16": "FP16", "INT8": "INT8", "BEST": "INT8"}  # what a plan of this precision has to contain
 
 
@@ -145,6 +148,8 @@ def record(args):
     with replace_when_done(folder / "layers.json") as temporary:
         temporary.write_bytes(args.layers.read_bytes())
     write_json(folder / "manifest.json", manifest)
+    if is_classifier(args.repository):
+        refresh(args.repository)  # from now on the plan is what a GPU serves
     print(describe(manifest))
 
 
@@ -164,6 +169,10 @@ def show_length(args):
     """Print the length of the exported graph, after it was held against the configs."""
     reference = args.repository / EMBEDDERS[REFERENCE] / "1" / "model.onnx"
     length = read_graph(reference).graph.input[0].type.tensor_type.shape.dim[1].dim_value
+    if is_classifier(args.repository):  # its configs are checked against its graphs
+        check_classifier_repository(args.repository)
+        print(length or f"1 to {read_card(args.repository)['max_length']}")
+        return
     for precision in PRECISIONS:
         path = plan_folder(args.repository, precision).parent / "config.pbtxt"
         dims = next((list(t.dims) for t in read_config(path).input if t.name == INPUT_IDS), None)
@@ -172,8 +181,26 @@ def show_length(args):
     print(length)
 
 
+def show_shapes(args):
+    """Print trtexec's shapes, three lines: smallest, optimal and largest."""
+    reference = args.repository / EMBEDDERS[REFERENCE] / "1" / "model.onnx"
+    tensors = [(i.name, i.type.tensor_type.shape.dim[1].dim_value) for i in read_graph(reference).graph.input]
+    largest_batch, lengths = MAX_BATCH_SIZE, (None, None, None)
+    if is_classifier(args.repository):
+        card = read_card(args.repository)
+        largest_batch, limit = card["service"]["max_batch_size"], card["max_length"]
+        lengths = (1, min(OPT_LENGTH, limit), limit)
+    for batch, length in zip((1, min(args.opt_batch, largest_batch), largest_batch), lengths, strict=True):
+        print(",".join(f"{name}:{batch}x{fixed or length}" for name, fixed in tensors))
+
+
 def check_graphs(args):
     """Exit unless every typed graph belongs to the present reference."""
+    if is_classifier(args.repository):
+        for precision in args.precisions:
+            read_graph(args.repository / EMBEDDERS[f"TRT_{precision}"] / "1" / "model.onnx")
+        check_classifier_repository(args.repository)
+        return
     reference = args.repository / EMBEDDERS[REFERENCE] / "1" / "model.onnx"
     digest = sha256(reference)
     for precision in args.precisions:
@@ -205,10 +232,13 @@ def parse_args():
     parser.add_argument("--repository", type=Path, default=REPOSITORY)
     parser.add_argument("--assets", type=Path, default=ASSETS)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    commands = parser.add_subparsers(required=True, metavar="length | graphs | record | summary")
+    commands = parser.add_subparsers(required=True, metavar="length | shapes | graphs | record | summary")
     commands.add_parser("length", help="print the graph's length; fail if a config has another").set_defaults(
         run=show_length
     )
+    shapes = commands.add_parser("shapes", help="print trtexec's smallest, optimal and largest shapes")
+    shapes.add_argument("--opt-batch", type=int, default=4)
+    shapes.set_defaults(run=show_shapes)
     graphs = commands.add_parser("graphs", help="fail if a typed graph is missing or older than the reference")
     graphs.add_argument("precisions", nargs="+", choices=PRECISIONS)
     graphs.set_defaults(run=check_graphs)
@@ -224,6 +254,8 @@ def parse_args():
     commands.add_parser("summary", help="write results/<model>/plans.json").set_defaults(run=summarize)
     args = parser.parse_args()
     args.repository = args.repository.resolve()
+    if is_classifier(args.repository):
+        args.assets = args.repository
     return args
 
 

@@ -32,12 +32,15 @@ import onnx
 import tokenizers
 from onnx import numpy_helper
 
+from classifier_repository import is_classifier, refresh
+from classifier_tokens import encode
 from common import (
     ASSETS,
     ATTENTION_MASK,
     EMBEDDERS,
     GATES,
     INPUT_IDS,
+    LOGITS_GATE,
     PRECISIONS,
     REFERENCE,
     REPOSITORY,
@@ -83,16 +86,7 @@ def load_tokenizer(assets):
         raise SystemExit(f"{path}: expected a tokenizer, found: {error}; run torch2onnx.py") from None
 
 
-def encode_texts(tokenizer, texts):
-    """{INPUT_IDS, ATTENTION_MASK}: int64 [texts, length], as a served text."""
-    encodings = tokenizer.encode_batch(texts)
-    return {
-        INPUT_IDS: np.array([e.ids for e in encodings], dtype=np.int64),
-        ATTENTION_MASK: np.array([e.attention_mask for e in encodings], dtype=np.int64),
-    }
-
-
-def load_texts(args):
+def load_texts(args, inputs):
     """({name of the part: encoded texts}, facts for the record); exits if there is too little text."""
     file = args.calibration_texts or TEXTS
     texts = read_texts(file) if args.calibration_texts else split_texts(read_texts(file))[0]
@@ -106,9 +100,9 @@ def load_texts(args):
         print(f"WARNING: all {cut} calibration texts are longer than the length; their ends were cut", file=sys.stderr)
     select = texts[SELECT_EVERY - 1 :: SELECT_EVERY]
     parts = {
-        "calibration": encode_texts(tokenizer, [t for i, t in enumerate(texts) if (i + 1) % SELECT_EVERY]),
-        "held_out": encode_texts(tokenizer, select),  # smoothing and ranges are compared on them
-        "selection": encode_texts(tokenizer, spread(select, args.max_selection_texts)),
+        "calibration": encode(tokenizer, [t for i, t in enumerate(texts) if (i + 1) % SELECT_EVERY], inputs),
+        "held_out": encode(tokenizer, select, inputs),  # smoothing and ranges are compared on them
+        "selection": encode(tokenizer, spread(select, args.max_selection_texts), inputs),
     }
     tokens = int(parts["calibration"][ATTENTION_MASK].sum())
     if tokens < MIN_CALIBRATION_TOKENS:
@@ -165,7 +159,9 @@ def find_int8(args, reference, parts, facts):
     """(recipes, names of the MatMuls in INT8); writes sensitivity.json; exits if the target is missed."""
     started = time.monotonic()
     card = read_json(args.assets / "model.json", "run torch2onnx.py")
-    target = GATES["INT8"] | {"mean_cosine": args.target_cosine}
+    target = dict(LOGITS_GATE if args.classifier else GATES["INT8"])
+    if args.target_cosine is not None:
+        target["mean_cosine"] = args.target_cosine
     recipes = find_recipes(reference, parts["calibration"], parts["held_out"], args.seed)
     deadline = started + 60 * args.max_minutes
     chosen, found = search_int8(
@@ -278,8 +274,8 @@ def parse_args():
     parser.add_argument(
         "--target-cosine",
         type=float,
-        default=GATES["INT8"]["mean_cosine"],
-        help="least mean cosine of INT8 and BEST, on the texts that select (default: %(default)s)",
+        help="least mean cosine of INT8 and BEST, on the texts that select "
+        f"(default: {GATES['INT8']['mean_cosine']}; of a classifier's logits {LOGITS_GATE['mean_cosine']})",
     )
     parser.add_argument(
         "--min-int8-share", type=float, default=0.9, help="least share of the FLOPs in INT8 (default: %(default)s)"
@@ -295,13 +291,16 @@ def parse_args():
     )
     parser.add_argument("--only", choices=PRECISIONS, help="make one graph")
     parser.add_argument("--repository", type=Path, default=REPOSITORY)
-    parser.add_argument("--assets", type=Path, default=ASSETS)
+    parser.add_argument("--assets", type=Path, help="default: assets/; a classifier's repository is its own")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
+    args.classifier = is_classifier(args.repository)
+    args.assets = args.assets or (args.repository if args.classifier else ASSETS)
     if args.quick:
         args.max_selection_texts = 8
     for name in ("target_cosine", "min_int8_share"):
-        if not 0 < getattr(args, name) <= 1:
+        value = getattr(args, name)
+        if value is not None and not 0 < value <= 1:
             parser.error(f"--{name.replace('_', '-')}: expected above 0 and at most 1")
     if args.max_minutes < 0 or args.max_selection_texts < 1 or args.seed < 0:
         parser.error("--max-minutes and --seed: expected 0 or more; --max-selection-texts: at least 1")
@@ -312,7 +311,7 @@ def main():
     args = parse_args()
     reference_path = args.repository / EMBEDDERS[REFERENCE] / "1" / "model.onnx"
     reference = read_graph(reference_path)
-    parts, facts = load_texts(args)
+    parts, facts = load_texts(args, [i.name for i in reference.graph.input])
     shapes = weight_matmuls(reference)
     recipes, chosen = {}, set()
     print(f"calibration: {facts['calibration_tokens']} tokens of {facts['calibration']} texts", file=sys.stderr)
@@ -324,10 +323,8 @@ def main():
             graph = convert_fp16(reference_path, parts["calibration"])
         else:
             if args.naive:
-                recipes, chosen = (
-                    naive_recipes(reference, parts["calibration"], args.seed),
-                    candidate_matmuls(reference),
-                )
+                recipes = naive_recipes(reference, parts["calibration"], args.seed)
+                chosen = candidate_matmuls(reference, recipes)
             elif not chosen:
                 recipes, chosen = find_int8(args, reference, parts, facts)
             graph = convert(precision, reference, recipes, set(chosen))
@@ -345,6 +342,8 @@ def main():
             f"{precision:4} {path.stat().st_size / 1e6:7.1f} MB, {share:4.0%} of the weight-MatMul FLOPs in INT8, {path}",
             flush=True,
         )
+    if args.classifier:
+        refresh(args.repository)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 """Write what results/ holds into the marked blocks of report.md and README.md.
 
 Reads:  results/<model>/quality.json, quality.csv, perf.json, plans.json,
-        compile.json, tune.json, complexity.json, sensitivity.json, sts.json.
+        compile.json, tune.json, complexity.json, sensitivity.json, sts.json; of a classifier
+        verdicts.json, verdicts.csv.
 Writes: the text between <!-- begin NAME --> and <!-- end NAME --> in report.md and
         README.md, pictures beside the data they show.
 Run:    ./report.py
@@ -19,8 +20,9 @@ from common import RESULTS, ROOT, read_json, replace_when_done
 from report_complexity import block_complexity
 from report_pictures import PICTURES, picture_is_current, save_picture
 from report_tables import BLOCKS
+from report_verdicts import block_verdicts
 
-FILES = ("quality", "perf", "plans", "compile", "tune", "complexity", "sensitivity", "sts")
+FILES = ("quality", "perf", "plans", "compile", "tune", "complexity", "sensitivity", "sts", "verdicts")
 
 
 def load_results(folder):
@@ -87,7 +89,11 @@ def parse_args():
 def main():
     args = parse_args()
     models = load_results(args.results)
-    texts = {name: block(models) for name, block in {**BLOCKS, "complexity": block_complexity}.items()}
+    encoders = [m for m in models if m["card"].get("task") != "classification"]
+    searched = [m for m in models if m in encoders or m["sensitivity"]]
+    texts = {name: block(encoders) for name, block in BLOCKS.items()}
+    texts |= {"complexity": block_complexity(encoders), "verdicts": block_verdicts(models)}
+    texts["sensitivity"] = BLOCKS["sensitivity"](searched)
     stale = []
     for model in models:
         for name, (kind, _, _) in PICTURES.items():

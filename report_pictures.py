@@ -11,6 +11,7 @@ from PIL import Image
 
 from common import PRECISIONS, replace_when_done
 from report_tables import title
+from report_verdicts import draw_verdicts
 from roofline import intensity, peak_flops
 
 # readable in black and white
@@ -167,6 +168,7 @@ PICTURES = {
     "perf.png": ("perf", draw_performance, "perf.json"),
     "complexity.png": ("complexity", draw_roofline, "complexity.json"),
     "sensitivity.png": ("sensitivity", draw_sensitivity, "sensitivity.json"),
+    "verdicts.png": ("verdicts", draw_verdicts, "verdicts.json"),  # which holds the digest of verdicts.csv
 }
 
 

@@ -124,7 +124,7 @@ def ensemble_config(length, num_outputs):
     return config
 
 
-def config_text(config):
+def config_text(config, comments=COMMENTS):
     """The config as text protobuf: decided fields only, in one order, comments above them."""
     unknown = [field.name for field, _ in config.ListFields() if field.name not in FIELD_ORDER]
     if unknown:
@@ -137,7 +137,7 @@ def config_text(config):
             if descriptor.name != field:
                 part.ClearField(descriptor.name)
         if part.ListFields():
-            lines += [f"# {COMMENTS[field]}"] if field in COMMENTS else []
+            lines += [f"# {comments[field]}"] if field in comments else []
             lines.append(text_format.MessageToString(part).rstrip("\n"))
     return "\n".join(lines) + "\n"
 
@@ -346,6 +346,11 @@ def parse_args():
 
 def main():
     args = parse_args()
+    from classifier_repository import check_classifier_repository, is_classifier  # built on this module
+
+    if is_classifier(args.repository):
+        print(f"{check_classifier_repository(args.repository, args.engine)}, graphs and configs agree")
+        return
     assets = args.assets or args.repository.resolve().parent / ASSETS.relative_to(ROOT)
     print(f"{check_repository(args.repository, assets, args.engine)}, graphs and configs agree")
 

@@ -119,10 +119,12 @@ prepare_cpu() {
 
 prepare_gpu() {
   has_gpu || fail "--device gpu: expected Docker and an NVIDIA GPU, found neither or one; install both, or use --device cpu"
+  local assets=(-v "$(dirname "$repository")/assets:/assets:ro")
+  [ ! -f "$repository/model.json" ] || assets=() # a classifier's repository holds all it needs
   server=(
     docker run --rm "--name=triton-$http_port" --gpus all --shm-size=1g --ulimit memlock=-1
     -p "127.0.0.1:$http_port:8000" -p "127.0.0.1:$grpc_port:8001" -p "127.0.0.1:$metrics_port:8002"
-    -v "$repository:/models:ro" -v "$(dirname "$repository")/assets:/assets:ro"
+    -v "$repository:/models:ro" ${assets[@]+"${assets[@]}"}
     "$IMAGE" tritonserver --model-repository=/models
   )
 }

@@ -2,7 +2,7 @@
 # Lint, then test: against the real server with the packaged MiniLM's real weights.
 # Usage: ./test.sh [pytest options]
 # Reads:  the whole project. Writes: .venv/, build/test*/.
-# Prints: ruff's, shellcheck's and pytest's summaries.
+# Prints: ruff's, shellcheck's, hadolint's and pytest's summaries.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -16,6 +16,8 @@ main() {
   "$BIN/ruff" format --check .
   "$BIN/shellcheck" ./*.sh .ci/run
   echo "shellcheck: no findings"
+  "$BIN/hadolint" Dockerfile
+  echo "hadolint: no findings"
   "$BIN/python" report.py --check
   "$BIN/python" -m pytest -ra "$@"
 }

@@ -9,6 +9,9 @@ Writes: model_repository/model_ONNX/1/model.onnx and the configs of the reposito
 Run:    ./torch2onnx.py --model distilbert/distilbert-base-uncased
 Prints: "ONNX Runtime agrees with torch: max abs error …", then the path of the graph.
 
+--task classification exports a fine-tuned classifier instead, output LOGITS, into a model
+repository that holds all that its server needs: build/<name>, or --repository. Its --model may
+also be clearml:ID, wandb:entity/project/name:version or mlflow:models:/name/version.
 Only safetensors are read and no code of a checkpoint is executed.
 """
 
@@ -45,6 +48,7 @@ from common import (
     EMBEDDERS,
     EMBEDDING,
     INPUT_IDS,
+    MAX_BATCH_SIZE,
     REFERENCE,
     REPOSITORY,
     RESULTS,
@@ -61,6 +65,7 @@ from complexity import count_complexity, describe_totals, write_complexity
 from repository import write_repository
 from roofline import find_gpu, read_hardware
 
+MAX_LENGTH = 128  # tokens per text of an embedder
 OPSET = 19
 CHECK_BATCHES = (1, 3, 8)
 
@@ -249,7 +254,12 @@ def add_model_arguments(parser):
     parser.add_argument(
         "--packaged-if-offline", action="store_true", help="use the packaged MiniLM if the hub cannot be reached"
     )
-    parser.add_argument("--max-length", type=int, default=128, help="tokens per text, fixed (default: %(default)s)")
+    parser.add_argument("--task", choices=("embedding", "classification"), default="embedding")
+    parser.add_argument(
+        "--max-length",
+        type=int,
+        help=f"tokens per text, fixed (default: {MAX_LENGTH}; a classifier's length is dynamic up to the model's limit)",
+    )
     parser.add_argument("--num-outputs", type=int, default=2, help="outputs of the linear layer (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the linear layer and of random weights")
 
@@ -261,18 +271,38 @@ def parse_args():
         "--max-error", type=float, default=1e-4, help="largest allowed abs error to torch (default: %(default)s)"
     )
     parser.add_argument("--texts", type=Path, default=TEXTS)
-    parser.add_argument("--repository", type=Path, default=REPOSITORY)
+    parser.add_argument("--repository", type=Path, help="default: model_repository/; build/<name> for a classifier")
     parser.add_argument("--assets", type=Path, default=ASSETS)
     parser.add_argument("--results", type=Path, default=RESULTS)
+    only = parser.add_argument_group("only with --task classification")
+    only.add_argument("--labels", type=Path, help='JSON, {"0": "negative", …} or inverted (default: id2label)')
+    only.add_argument("--tokenizer", help="where the tokenizer is, if not with the model")
+    only.add_argument("--name", help="what the service is called (default: the repository's folder)")
+    only.add_argument(
+        "--max-batch-size", type=int, default=MAX_BATCH_SIZE, help="texts in one request (default: %(default)s)"
+    )
     args = parser.parse_args()
     if args.num_outputs < 1:
         parser.error("--num-outputs: expected at least 1")
+    if args.max_batch_size < 1:
+        parser.error("--max-batch-size: expected at least 1")
+    if args.task == "embedding":
+        if args.labels or args.tokenizer or args.name:
+            parser.error("--labels, --tokenizer, --name: expected --task classification with them")
+        args.repository, args.max_length = args.repository or REPOSITORY, args.max_length or MAX_LENGTH
+    elif args.random_weights or args.packaged_if_offline:
+        parser.error("--random-weights, --packaged-if-offline: expected --task embedding with them")
     return args
 
 
 def main():
     args = parse_args()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    if args.task == "classification":
+        from classifier_export import export_classifier  # it takes its steps from here
+
+        export_classifier(args)
+        return
     path = args.repository / EMBEDDERS[REFERENCE] / "1" / "model.onnx"
     texts = read_texts(args.texts)
 

@@ -1,5 +1,7 @@
 """The chain on the packaged MiniLM, run once through the scripts: export, graphs, server."""
 
+import contextlib
+import io
 import json
 import os
 import socket
@@ -21,6 +23,23 @@ def run(*command, timeout_s=300, **options):
     name, *rest = map(str, command)
     argv = [sys.executable, str(ROOT / name), *rest] if name.endswith(".py") else [str(ROOT / name), *rest]
     return subprocess.run(argv, capture_output=True, text=True, timeout=timeout_s, **options)
+
+
+def run_here(module, *arguments):
+    """run without a process of its own, for a script that takes seconds to import; module is the imported script."""
+    stdout, stderr, argv = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = [f"{module.__name__}.py", *map(str, arguments)]
+    returncode = 0
+    try:
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            module.main()
+    except SystemExit as end:  # as the interpreter does it
+        returncode = end.code if isinstance(end.code, int) else 1
+        if isinstance(end.code, str):
+            stderr.write(end.code + "\n")
+    finally:
+        sys.argv = argv
+    return SimpleNamespace(returncode=returncode, stdout=stdout.getvalue(), stderr=stderr.getvalue())
 
 
 def succeed(*command, **options):
@@ -102,3 +121,70 @@ def quality(chain):
     )
     succeed("client.py", *options, "--max-texts", 48)
     return json.loads((chain.results / "all-MiniLM-L6-v2" / "quality.json").read_text())
+
+
+# --- a classifier, from labelled texts to a server ------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """MiniLM fine-tuned on the project's own labelled sentences: folder and what was printed."""
+    folder = tmp_path_factory.mktemp("trained") / "reviews-checkpoint"
+    options = ("--batch-size", 16, "--learning-rate", "2e-4", "--threads", 1)
+    done = succeed("train_classifier.py", "--output", folder, *options)
+    return SimpleNamespace(folder=folder, stdout=done.stdout)
+
+
+@pytest.fixture(scope="session")
+def reviews(trained, tmp_path_factory):
+    """The fine-tuned checkpoint exported and quantized: a classifier's repository with five graphs."""
+    folder = tmp_path_factory.mktemp("classifier")
+    repository = folder / "reviews"
+    succeed("torch2onnx.py", "--task", "classification", "--model", trained.folder, "--repository", repository)
+    succeed("quantize.py", "--repository", repository)
+    return SimpleNamespace(checkpoint=trained.folder, repository=repository, results=folder / "results")
+
+
+@pytest.fixture(scope="session")
+def service(reviews):
+    """The classifier, served."""
+    done, (http, _) = start_server(reviews.repository)
+    assert done.returncode == 0, done.stderr
+    reviews.http_port, reviews.http = http, f"127.0.0.1:{http}"
+    yield reviews
+    succeed("serve.sh", "stop", "--http-port", http)
+
+
+def save_classifier(folder, config, **tokenizer):
+    """A tiny classifier with seeded weights and MiniLM's tokenizer."""
+    import torch
+    import transformers
+
+    import checkpoint
+
+    torch.manual_seed(0)
+    model = transformers.AutoModelForSequenceClassification.from_config(config)
+    for parameter in model.classifier.parameters():
+        torch.nn.init.normal_(parameter)  # the usual start is so small that all logits are alike
+    model.save_pretrained(folder)
+    words = transformers.AutoTokenizer.from_pretrained(checkpoint.packaged_folder(), **tokenizer)
+    words.save_pretrained(folder)
+    return folder
+
+
+def tiny_config(labels=("bad", "good"), **others):
+    """BERT with two layers of 32."""
+    import transformers
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    names = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+    return transformers.BertConfig(vocab_size=30522, **sizes, **names, **others)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A tiny classifier of two classes, exported: (checkpoint, repository)."""
+    folder = tmp_path_factory.mktemp("tiny")
+    checkpoint = save_classifier(folder / "tiny-checkpoint", tiny_config())
+    succeed("torch2onnx.py", "--task", "classification", "--model", checkpoint, "--repository", folder / "tiny")
+    return SimpleNamespace(checkpoint=checkpoint, repository=folder / "tiny")

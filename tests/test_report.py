@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import ROOT, run, succeed
+from conftest import ROOT, run, run_here, succeed
 
 EMBEDDERS = ("ONNX", "TRT_FP32", "TRT_FP16", "TRT_INT8", "TRT_BEST")
 PERF_ROW = {
@@ -159,3 +159,44 @@ def test_broken_or_missing_results_are_named(place):
 
 def test_committed_report_is_what_the_committed_data_gives():
     succeed("report.py", "--check", cwd=ROOT)
+
+
+@pytest.fixture
+def verdicts_place(tiny, tmp_path):
+    """A study in process of a tiny classifier, and a report of one's own with its block."""
+    import verdicts
+
+    data = tmp_path / "data.tsv"
+    data.write_text("text\tlabel\n" + "".join(f"text number {i}\t{i % 2}\n" for i in range(40)))
+    options = ("--model", tiny.checkpoint, "--repository", tiny.repository, "--data", data, "--precision", 0.1)
+    done = run_here(verdicts, *options, "--results", tmp_path / "results", "--resamples", 50)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "report.md").write_text(
+        "<!-- begin verdicts -->\n<!-- end verdicts -->\n\n<!-- begin results -->\n<!-- end results -->\n"
+    )
+    return tmp_path
+
+
+def test_verdicts_are_shown_with_their_conclusion_and_not_among_the_embedders(verdicts_place):
+    assert report(verdicts_place).returncode == 0
+    text = (verdicts_place / "report.md").read_text()
+    verdicts, results = text.split("<!-- begin results -->")
+    assert "### tiny-checkpoint" in verdicts and "**Conclusion: " in verdicts and "verdicts.png" in verdicts
+    assert "tiny-checkpoint" not in results
+    assert report(verdicts_place, "--check").returncode == 0
+
+
+def test_a_changed_study_makes_text_and_picture_stale(verdicts_place):
+    assert report(verdicts_place).returncode == 0
+    path = verdicts_place / "results/tiny-checkpoint/verdicts.json"
+    record = json.loads(path.read_text())
+    record["conclusion"]["text"] = "another"
+    path.write_text(json.dumps(record))
+    done = report(verdicts_place, "--check")
+    assert done.returncode == 1 and "verdicts.png" in done.stderr and "report.md" in done.stderr
+
+
+def test_without_a_study_verdicts_are_not_measured(place):
+    (place / "report.md").write_text("<!-- begin verdicts -->\n<!-- end verdicts -->\n")
+    assert report(place).returncode == 0
+    assert "Verdicts of a classifier: not measured." in (place / "report.md").read_text()

@@ -1,9 +1,9 @@
-"""Tokenizer as a Triton model: TEXT -> INPUT_IDS, ATTENTION_MASK.
+"""Tokenizer as a Triton model: TEXT -> INPUT_IDS, ATTENTION_MASK and, if asked for, TOKEN_TYPE_IDS.
 
 Reads assets/tokenizer/tokenizer.json, which torch2onnx.py writes with truncation and
-padding to the fixed length in it, and the tokenizers package from assets/site-packages.
-Both are found beside the model repository: /models and /assets in the container,
-model_repository/ and assets/ in a checkout.
+padding in it, and the tokenizers package from assets/site-packages. Both are found beside
+the model repository: /models and /assets in the container, model_repository/ and assets/ in a
+checkout. A classifier's repository has both in the tokenizer's own folder.
 """
 
 import json
@@ -13,18 +13,26 @@ from pathlib import Path
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+# tensor -> field of an encoding
+FIELDS = {"INPUT_IDS": "ids", "ATTENTION_MASK": "attention_mask", "TOKEN_TYPE_IDS": "type_ids"}
+
 
 class TritonPythonModel:
     def initialize(self, args):
         """Load the tokenizer once and hold it against the config's length."""
-        assets = Path(args["model_repository"]).resolve().parent.parent / "assets"
-        sys.path.insert(0, str(assets / "site-packages"))
+        own = Path(args["model_repository"]).resolve()
+        assets = own.parent.parent / "assets"
+        alone = (own / "tokenizer.json").is_file()
+        sys.path.insert(0, str((own if alone else assets) / "site-packages"))
         from tokenizers import Tokenizer  # only now can it be found
 
-        path = assets / "tokenizer" / "tokenizer.json"
+        path = (own if alone else assets / "tokenizer") / "tokenizer.json"
         self.tokenizer = Tokenizer.from_file(str(path))
         dims = {output["name"]: output["dims"] for output in json.loads(args["model_config"])["output"]}
+        self.outputs = list(dims)
         length = int(dims["INPUT_IDS"][0])
+        if length == -1:  # as long as the longest text of a batch
+            return
         found = (self.tokenizer.truncation or {}).get("max_length"), (self.tokenizer.padding or {}).get("length")
         if found != (length, length):
             raise pb_utils.TritonModelException(
@@ -42,11 +50,11 @@ class TritonPythonModel:
                 errors[index] = str(error)
             spans.append(slice(start, len(texts)))
         encodings = self.tokenizer.encode_batch(texts)
-        ids = np.array([e.ids for e in encodings], dtype=np.int64)
-        mask = np.array([e.attention_mask for e in encodings], dtype=np.int64)
+        tensors = {
+            name: np.array([getattr(e, FIELDS[name]) for e in encodings], dtype=np.int64) for name in self.outputs
+        }
         return [
-            failure(errors[index]) if index in errors else answer(ids[span], mask[span])
-            for index, span in enumerate(spans)
+            failure(errors[index]) if index in errors else answer(tensors, span) for index, span in enumerate(spans)
         ]
 
 
@@ -62,9 +70,9 @@ def read_texts(request):
     return texts
 
 
-def answer(ids, mask):
-    """Response with int64 [batch, length] ids and mask."""
-    return pb_utils.InferenceResponse([pb_utils.Tensor("INPUT_IDS", ids), pb_utils.Tensor("ATTENTION_MASK", mask)])
+def answer(tensors, span):
+    """Response with a request's rows of each tensor, int64 [batch, length]."""
+    return pb_utils.InferenceResponse([pb_utils.Tensor(name, values[span]) for name, values in tensors.items()])
 
 
 def failure(message):

@@ -1,0 +1,174 @@
+#!/usr/bin/env bash
+# Bake a classifier's model repository into an image that needs no network to start.
+# Usage: ./make_image.sh MODEL [options]      make it
+#        ./make_image.sh clean [--name N]     remove what this script made, nothing else
+#   MODEL                  a checkpoint, as torch2onnx.py --task classification takes it; or
+#                          the repository that it wrote; or a package of verdicts.py
+#   --name N               of the service and of the build context (default: MODEL's own)
+#   --tag T                of the image (default: <name>:<precision>)
+#   --precision P          ONNX, FP32, FP16, INT8 or BEST (default: ONNX, or the package's)
+#   --max-batch-size B     texts in one request (default: 8, or the repository's)
+#   --gpu                  for a GPU: serve the TensorRT plan where there is one
+#   --dry-run              print the commands and run nothing
+#   --no-build             write the build context and leave the image out
+# Reads:  MODEL, Dockerfile. Writes: build/image/<name>/, the build context; the image.
+# Prints: "made: T" and the command that runs it.
+set -euo pipefail
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+readonly ROOT
+
+fail() {
+  echo "make_image.sh: $1" >&2
+  exit "${2:-1}"
+}
+
+usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+
+parse_args() {
+  model=${1:-} name='' tag='' precision='' batch=() gpu='' dry_run='' build=1
+  case $model in
+    -h | --help) usage && exit 0 ;;
+    '' | --*) fail "expected MODEL or clean first, found '$model'; see -h" 2 ;;
+  esac
+  shift
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --name | --tag | --precision | --max-batch-size) [ $# -gt 1 ] || fail "$1: expected a value; see -h" 2 ;;
+    esac
+    case $1 in
+      -h | --help) usage && exit 0 ;;
+      --name) name=$2 && shift ;;
+      --tag) tag=$2 && shift ;;
+      --precision) precision=$2 && shift ;;
+      --max-batch-size) batch=(--max-batch-size "$2") && shift ;;
+      --gpu) gpu=1 ;;
+      --dry-run) dry_run=1 ;;
+      --no-build) build='' ;;
+      *) fail "$1: unknown option; see -h" 2 ;;
+    esac
+    shift
+  done
+  [[ $precision =~ ^(|ONNX|FP32|FP16|INT8|BEST)$ ]] || fail "--precision: expected ONNX, FP32, FP16, INT8 or BEST, found '$precision'" 2
+  [[ ${batch[1]-1} =~ ^[1-9][0-9]*$ ]] || fail "--max-batch-size: expected a number from 1, found '${batch[1]}'" 2
+  python=$ROOT/.venv/bin/python
+  [ -x "$python" ] || python=$(command -v python3) || fail "expected python3 on PATH, found none; run ./install.sh"
+}
+
+# Run a command, or with --dry-run only print it.
+run() {
+  if [ -n "$dry_run" ]; then
+    printf '%q ' "$@" && echo
+  else
+    "$@"
+  fi
+}
+
+# What a repository's record says: name, precision or max_batch_size.
+served() { "$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["service"][sys.argv[2]])' "$repository/model.json" "$1"; }
+
+# The same of a package's manifest.
+packed() { tar -xzOf "$package" --wildcards '*/manifest.json' 2>/dev/null | "$python" -c 'import json, sys; print(json.load(sys.stdin)[sys.argv[1]])' "$1" 2>/dev/null; }
+
+# Sets repository, name, precision and tag; a checkpoint has no repository yet.
+read_model() {
+  repository='' package=''
+  if [ -f "$model" ]; then
+    package=$model
+    [ -n "$name" ] || name=$(packed name) || fail "$model: expected a package of verdicts.py, found none; see -h"
+    [ -n "$precision" ] || precision=$(packed model) && precision=${precision#TRT_}
+  elif [ -f "$model/model.json" ]; then
+    repository=$model
+    [ -n "$name" ] || name=$(served name) || fail "$model/model.json: expected what is served, found none; run classifier_repository.py"
+    [ -n "$precision" ] || precision=$(served precision)
+  else
+    model=${model%/}
+    [ -n "$name" ] || name=$(tr -c 'A-Za-z0-9.\n' - <<<"${model##*[/:]}")
+  fi
+  check_name
+  precision=${precision:-ONNX}
+  tag=${tag:-${name,,}:${precision,,}}
+  [[ $tag =~ ^[a-z0-9][a-z0-9._/-]*(:[A-Za-z0-9_][A-Za-z0-9_.-]*)?$ ]] || fail "--tag: expected an image's name such as reviews:1, found '$tag'" 2
+}
+
+check_name() {
+  [[ $name =~ ^[A-Za-z0-9][A-Za-z0-9_.-]*$ ]] || fail "--name: expected letters, digits, dots and dashes, found '$name'" 2
+  context=$ROOT/build/image/$name
+}
+
+# Docker is looked for before minutes are spent on an export.
+check_docker() {
+  [ -n "$build" ] && [ -z "$dry_run" ] || return 0
+  docker info >/dev/null 2>&1 || fail "expected a running Docker, found none; start it, or see --no-build and --dry-run"
+}
+
+# The graphs: those of the repository or package, or an export of the checkpoint.
+find_repository() {
+  if [ -n "$package" ]; then
+    run rm -rf "$context/package"
+    run mkdir -p "$context/package"
+    run tar -xzf "$package" -C "$context/package" --strip-components=1
+    repository=$context/package/model_repository
+  elif [ -z "$repository" ]; then
+    repository=$ROOT/build/$name
+    run "$python" "$ROOT/torch2onnx.py" --task classification --model "$model" --name "$name" --repository "$repository"
+    [ "$precision" = ONNX ] || run "$python" "$ROOT/quantize.py" --repository "$repository" --only "$precision"
+  fi
+}
+
+write_context() {
+  if [ -e "$context" ] && [ ! -f "$context/made" ]; then
+    fail "$context: expected a build context of this script, found something else; choose another --name"
+  fi
+  run mkdir -p "$context"
+  run touch "$context/made"
+  find_repository
+  local engine=onnx
+  [ -z "$gpu" ] || [ ! -f "$repository/model_TRT_$precision/1/model.plan" ] || engine=plan
+  run "$python" "$ROOT/classifier_repository.py" --repository "$repository" --precision "$precision" \
+    --name "$name" --engine "$engine" ${batch[@]+"${batch[@]}"} --output "$context/model_repository"
+  # the server is another user than the one who builds
+  run chmod -R a+rX,go-w "$context/model_repository"
+  run cp "$ROOT/Dockerfile" "$ROOT/.dockerignore" "$context"
+}
+
+clean() {
+  local made id
+  for made in "$ROOT"/build/image/${name:-*}/made; do
+    [ -f "$made" ] || continue
+    made=${made%/made}
+    if [ -s "$made/image.id" ]; then
+      id=$(cat "$made/image.id")
+      # by id: a tag may by now be another's image
+      if docker image rm "$id" >/dev/null 2>&1; then
+        echo "removed: image $id"
+      elif docker info >/dev/null 2>&1 && docker image inspect "$id" >/dev/null 2>&1; then
+        fail "$id: expected an image that nothing uses, found it in use; stop its containers first"
+      fi
+    fi
+    rm -rf "$made"
+    echo "removed: ${made#"$ROOT"/}"
+  done
+}
+
+main() {
+  parse_args "$@"
+  if [ "$model" = clean ]; then
+    [ -z "$name" ] || check_name
+    clean
+    return
+  fi
+  read_model
+  check_docker
+  write_context
+  local options=(--rm -p 127.0.0.1:8000:8000) profile=cpu
+  [ -z "$gpu" ] || options+=(--gpus all) profile=gpu
+  if [ -n "$build" ]; then
+    # no network: the base image has all that is needed
+    run docker build --network none --tag "$tag" --iidfile "$context/image.id" --label "classifier=$name" "$context"
+  fi
+  [ -n "$dry_run" ] || echo "made: ${build:+$tag, }${context#"$ROOT"/}"
+  echo "run: docker run ${options[*]} $tag, or IMAGE=$tag docker compose --profile $profile up --wait"
+}
+
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then main "$@"; fi

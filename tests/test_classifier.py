@@ -1,0 +1,267 @@
+"""torch2onnx.py --task classification: the graph, labels, sources, and what it refuses."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import transformers
+from conftest import MINILM, run, run_here, save_classifier, succeed, tiny_config
+
+import checkpoint
+import classifier_tokens
+import common
+import torch2onnx
+
+
+def export(folder, model, *options):
+    return run_here(torch2onnx, "--task", "classification", "--model", model, "--repository", folder, *options)
+
+
+def shapes(repository):
+    graph = onnx.load(repository / "model_ONNX/1/model.onnx").graph
+    return {
+        v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]
+        for v in (*graph.input, *graph.output)
+    }
+
+
+def test_graph_answers_logits_for_any_batch_and_length(reviews):
+    tokens = {name: ["batch", "length"] for name in ("INPUT_IDS", "ATTENTION_MASK", "TOKEN_TYPE_IDS")}
+    assert shapes(reviews.repository) == tokens | {"LOGITS": ["batch", 2]}
+
+
+def test_logits_are_those_of_the_original_with_its_own_tokenizer(reviews):
+    texts = ["A text that no file holds.", "", "naïve café 🙂", "word " * 700]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(reviews.checkpoint)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(reviews.checkpoint).eval()
+    session = common.open_session(reviews.repository / "model_ONNX/1/model.onnx")
+    served = classifier_tokens.load_served_tokenizer(reviews.repository / "tokenizer/tokenizer.json")
+    for text in texts:
+        tokens = tokenizer(text, truncation=True, max_length=512, return_tensors="pt")
+        with torch.inference_mode():
+            expected = model(**tokens).logits.numpy()
+        feeds = classifier_tokens.encode(served, [text], ["INPUT_IDS", "ATTENTION_MASK", "TOKEN_TYPE_IDS"])
+        np.testing.assert_allclose(session.run(["LOGITS"], feeds)[0], expected, atol=1e-4)
+
+
+def test_a_fixed_length_reaches_graph_configs_and_tokenizer(tmp_path, tiny):
+    assert export(tmp_path / "r", tiny.checkpoint, "--max-length", 24).returncode == 0
+    assert shapes(tmp_path / "r")["INPUT_IDS"] == ["batch", 24]
+    assert "dims: 24" in (tmp_path / "r/tokenizer/config.pbtxt").read_text()
+    served = classifier_tokens.load_served_tokenizer(tmp_path / "r/tokenizer/tokenizer.json")
+    assert classifier_tokens.encode(served, ["a", "word " * 99], ["INPUT_IDS"])["INPUT_IDS"].shape == (2, 24)
+    succeed("repository.py", "--repository", tmp_path / "r")
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.DistilBertConfig(dim=32, n_layers=1, n_heads=2, hidden_dim=64, num_labels=3),
+        transformers.RobertaConfig(vocab_size=30522, max_position_embeddings=66, num_labels=3, **SMALL),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_token_types_are_an_input_only_where_the_model_wants_them(tmp_path, config):
+    config.id2label = {0: "a", 1: "b", 2: "c"}
+    model = transformers.AutoModelForSequenceClassification.from_config(config)
+    model.save_pretrained(tmp_path / "c")
+    names = {"model_input_names": ["input_ids", "attention_mask"]}
+    transformers.AutoTokenizer.from_pretrained(checkpoint.packaged_folder(), **names).save_pretrained(tmp_path / "c")
+    done = export(tmp_path / "r", tmp_path / "c")
+    assert done.returncode == 0, done.stderr
+    assert set(shapes(tmp_path / "r")) == {"INPUT_IDS", "ATTENTION_MASK", "LOGITS"}
+    card = json.loads((tmp_path / "r/model.json").read_text())
+    # RoBERTa's positions start behind the padding id
+    assert card["max_length"] == {"distilbert": 512, "roberta": 64}[config.model_type]
+
+
+def test_labels_of_a_file_win_also_inverted(tmp_path, tiny):
+    path = tmp_path / "labels.json"
+    for content in ({"0": "no", "1": "yes"}, {"yes": 1, "no": 0}):
+        path.write_text(json.dumps(content))
+        assert export(tmp_path / "r", tiny.checkpoint, "--labels", path).returncode == 0
+        assert json.loads((tmp_path / "r/postprocess/1/labels.json").read_text())["labels"] == ["no", "yes"]
+
+
+def test_several_labels_at_once_are_scored_by_a_sigmoid(tmp_path):
+    config = tiny_config(("joy", "anger", "fear"), problem_type="multi_label_classification")
+    assert export(tmp_path / "r", save_classifier(tmp_path / "c", config)).returncode == 0
+    settings = json.loads((tmp_path / "r/postprocess/1/labels.json").read_text())
+    assert settings == {"labels": ["joy", "anger", "fear"], "score": "sigmoid"}
+
+
+def test_labels_that_nobody_named_are_said(tmp_path):
+    folder = save_classifier(tmp_path / "c", tiny_config(("LABEL_0", "LABEL_1")))
+    done = export(tmp_path / "r", folder)
+    assert done.returncode == 0 and "name them with --labels FILE" in done.stderr
+
+
+def refuse(tmp_path, model, *words, options=()):
+    done = export(tmp_path / "r", model, *options)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    line = next(line for line in done.stderr.splitlines() if "expected" in line)
+    assert all(word in line for word in words), done.stderr
+    assert not list(tmp_path.glob("r/model_ONNX/1/*.onnx"))
+
+
+def test_refuses_a_checkpoint_without_a_head(tmp_path):
+    refuse(tmp_path, MINILM, "classification head", "BertModel", "train_classifier.py")
+
+
+def test_refuses_a_head_that_is_only_in_the_config(tmp_path):
+    transformers.BertModel(tiny_config()).save_pretrained(tmp_path / "c")
+    config = tiny_config()
+    config.architectures = ["BertForSequenceClassification"]
+    config.save_pretrained(tmp_path / "c")
+    transformers.AutoTokenizer.from_pretrained(checkpoint.packaged_folder()).save_pretrained(tmp_path / "c")
+    refuse(tmp_path, tmp_path / "c", "missing", "classifier")
+
+
+def test_refuses_one_class(tmp_path):
+    refuse(tmp_path, save_classifier(tmp_path / "c", tiny_config(("only",))), "at least two classes", "found 1")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"0": "no"}', ("for the 2 logits", "found 1")),
+        ('{"0": "no", "1": "yes", "2": "maybe"}', ("for the 2 logits", "found 3")),
+        ('{"0": "no", "1": "no"}', ("2 different names", "'no' doubled")),
+        ('{"0": "no", "0": "yes"}', ("every label once", "'0' doubled")),
+        ('{"no": 0, "yes": 0}', ("two labels for one",)),
+        ('["no", "yes"]', ("expected labels by class",)),
+        ("{", ("expected a JSON file of labels",)),
+    ],
+)
+def test_refuses_labels_that_do_not_fit(tmp_path, tiny, content, words):
+    (tmp_path / "labels.json").write_text(content)
+    refuse(tmp_path, tiny.checkpoint, "labels.json", *words, options=("--labels", tmp_path / "labels.json"))
+
+
+def test_refuses_a_checkpoint_with_doubled_labels(tmp_path):
+    folder = save_classifier(tmp_path / "c", tiny_config())
+    config = json.loads((folder / "config.json").read_text())
+    config["id2label"] = {"0": "same", "1": "same"}
+    (folder / "config.json").write_text(json.dumps(config))
+    refuse(tmp_path, folder, "config.json", "'same' doubled")
+
+
+def test_refuses_a_tokenizer_of_another_vocabulary(tmp_path):
+    config = tiny_config()
+    config.vocab_size = 1000
+    refuse(tmp_path, save_classifier(tmp_path / "c", config), "at most 1000 tokens", "found 30522", "--tokenizer")
+
+
+def test_refuses_a_length_beyond_the_positions(tmp_path):
+    folder = save_classifier(tmp_path / "c", tiny_config(max_position_embeddings=64))
+    refuse(tmp_path, folder, "--max-length", "64", "found 65", options=("--max-length", 65))
+
+
+def test_refuses_a_reserved_name(tmp_path, tiny):
+    refuse(tmp_path, tiny.checkpoint, "--name", "found tokenizer", options=("--name", "tokenizer"))
+
+
+def test_a_tokenizer_may_lie_elsewhere(tmp_path, tiny):
+    shutil.copytree(tiny.checkpoint, tmp_path / "model")
+    (tmp_path / "words").mkdir()
+    for path in list((tmp_path / "model").glob("*token*")) + list((tmp_path / "model").glob("vocab*")):
+        path.rename(tmp_path / "words" / path.name)
+    done = export(tmp_path / "r", tmp_path / "model", "--tokenizer", tmp_path / "words")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "r/model.json").read_text())["tokenizer"]["name"] == "words"
+
+
+# --- sources -------------------------------------------------------------------------
+
+# stand-ins with the calls that each client library has; the folder is what they "download"
+CLIENTS = {
+    "clearml": """
+        class InputModel:
+            def __init__(self, model_id):
+                assert model_id == "abc123"
+            def get_local_copy(self, raise_on_error=False):
+                return FOLDER
+        """,
+    "wandb": """
+        class Api:
+            def artifact(self, name):
+                assert name == "team/project/reviews:v3"
+                return self
+            def download(self):
+                return FOLDER
+        """,
+    "mlflow": """
+        import sys
+        def download_artifacts(artifact_uri):
+            assert artifact_uri == "models:/reviews/2"
+            return FOLDER
+        sys.modules["mlflow.artifacts"] = sys.modules[__name__]
+        """,
+}
+REFERENCES = {
+    "clearml": ("clearml:abc123", "abc123"),
+    "wandb": ("wandb:team/project/reviews:v3", "reviews"),
+    "mlflow": ("mlflow:models:/reviews/2", "reviews"),
+}
+
+
+def stand_in(monkeypatch, tmp_path, source, folder):
+    """Let `import source` find the stand-in."""
+    lines = CLIENTS[source].splitlines()[1:]
+    code = "\n".join(line.removeprefix("        ") for line in lines)
+    (tmp_path / "clients").mkdir(exist_ok=True)
+    (tmp_path / "clients" / f"{source}.py").write_text(f"FOLDER = {str(folder)!r}\n{code}\n")
+    import_from(monkeypatch, tmp_path / "clients", source)
+
+
+def import_from(monkeypatch, folder, source):
+    """Put a folder first on the path, and forget what was imported before."""
+    monkeypatch.syspath_prepend(folder)
+    for name in (source, f"{source}.artifacts"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+@pytest.mark.parametrize("source", CLIENTS)
+def test_a_model_of_a_registry_is_exported(monkeypatch, tmp_path, tiny, source):
+    # MLflow keeps the tokenizer of a pipeline apart from the model
+    nested = tmp_path / "download"
+    shutil.copytree(tiny.checkpoint, nested / "model" if source == "mlflow" else nested)
+    if source == "mlflow":
+        (nested / "components/tokenizer").mkdir(parents=True)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (nested / "model" / name).rename(nested / "components/tokenizer" / name)
+    reference, name = REFERENCES[source]
+    stand_in(monkeypatch, tmp_path, source, nested)
+    done = export(tmp_path / "r", reference)
+    assert done.returncode == 0, done.stderr
+    card = json.loads((tmp_path / "r/model.json").read_text())
+    assert (card["name"], card["source"]) == (name, reference)
+
+
+@pytest.mark.parametrize("source", CLIENTS)
+def test_a_missing_client_library_says_what_to_install(monkeypatch, tmp_path, source):
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / f"{source}.py").write_text("raise ImportError('no such module')\n")
+    import_from(monkeypatch, tmp_path / "none", source)
+    refuse(tmp_path, REFERENCES[source][0], f"pip install {source}")
+
+
+def test_a_model_that_a_registry_has_not_is_named(monkeypatch, tmp_path, tiny):
+    stand_in(monkeypatch, tmp_path, "wandb", tiny.checkpoint)
+    refuse(tmp_path, "wandb:team/other/reviews:v9", "wandb:entity/project/name:version")
+
+
+def test_a_revision_of_a_registry_stands_in_its_reference(tmp_path):
+    refuse(tmp_path, "clearml:abc123", "--revision", options=("--revision", "main"))
+
+
+def test_options_of_the_other_task_are_bad_usage(tmp_path):
+    assert run("torch2onnx.py", "--labels", tmp_path).returncode == 2
+    assert export(tmp_path / "r", MINILM, "--random-weights").returncode == 2

@@ -1,0 +1,160 @@
+"""make_image.sh, Dockerfile, compose.yaml: what can be shown without a Docker engine."""
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, run, succeed
+
+PINNED = "nvcr.io/nvidia/tritonserver:26.05-py3"
+
+
+@pytest.fixture
+def place(tmp_path):
+    """The scripts in a folder of their own, so that build/ is nobody else's."""
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("*.sh"), ROOT / "Dockerfile", ROOT / ".dockerignore"):
+        shutil.copy(path, tmp_path)
+    shutil.copytree(ROOT / "model_repository/tokenizer/1", tmp_path / "model_repository/tokenizer/1")
+    (tmp_path / ".venv").symlink_to(ROOT / ".venv")
+    return tmp_path
+
+
+def make(place, *options, docker=None):
+    """Run the copied make_image.sh; docker is a stand-in's folder."""
+    path = f"{docker}:{os.environ['PATH']}" if docker else os.environ["PATH"]
+    command = [str(place / "make_image.sh"), *map(str, options)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=dict(os.environ, PATH=path))
+
+
+def docker_stand_in(folder, status=0):
+    """A docker that notes what it is asked, and writes the image's id as the real one does."""
+    folder.mkdir()
+    lines = [
+        "#!/usr/bin/env bash",
+        f'echo "$@" >> {folder}/calls',
+        f'[ "$1" != info ] || exit {status}',
+        'while [ $# -gt 0 ]; do [ "$1" != --iidfile ] || echo sha256:abc > "$2"; shift; done',
+    ]
+    (folder / "docker").write_text("\n".join(lines) + "\n")
+    (folder / "docker").chmod(0o755)
+    return folder
+
+
+def test_dry_run_prints_every_command_and_makes_nothing(place):
+    done = make(
+        place, "some/checkpoint", "--name", "reviews", "--precision", "FP16", "--tag", "r:1", "--gpu", "--dry-run"
+    )
+    assert done.returncode == 0, done.stderr
+    for words in (
+        "torch2onnx.py --task classification --model some/checkpoint",
+        "--only FP16",
+        "docker build",
+        "--tag r:1",
+        "--gpus all",
+    ):
+        assert words in done.stdout
+    assert not (place / "build").exists()
+
+
+def test_context_holds_the_repository_and_no_build_is_needed_to_serve_it(place, tiny):
+    done = make(place, tiny.repository, "--no-build", "--max-batch-size", 4)
+    assert done.returncode == 0, done.stderr
+    context = place / "build/image/tiny"
+    found = {p.name for p in context.iterdir()}
+    assert found == {"made", "model_repository", "Dockerfile", ".dockerignore"}
+    assert "max_batch_size: 4" in (context / "model_repository/tiny/config.pbtxt").read_text()
+    succeed("repository.py", "--repository", context / "model_repository")
+    for path in (context / "model_repository").rglob("*"):  # another user serves it
+        mode = path.stat().st_mode
+        assert mode & stat.S_IROTH and not mode & stat.S_IWOTH, path
+        assert mode & stat.S_IXOTH or not path.is_dir(), path
+
+
+def test_image_is_built_without_network_and_clean_removes_what_was_made(place, tiny, tmp_path):
+    docker = docker_stand_in(tmp_path / "docker")
+    (place / "build/image/foreign").mkdir(parents=True)
+    (place / "build/mine.txt").write_text("mine")
+    done = make(place, tiny.repository, docker=docker)
+    assert done.returncode == 0 and "made: tiny:onnx" in done.stdout, done.stderr
+    calls = (docker / "calls").read_text()
+    assert "build --network none --tag tiny:onnx" in calls
+    assert "removed: build/image/tiny" in make(place, "clean", docker=docker).stdout
+    assert "image rm sha256:abc" in (docker / "calls").read_text()
+    assert not (place / "build/image/tiny").exists()
+    assert (place / "build/image/foreign").is_dir() and (place / "build/mine.txt").is_file()
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(place, tiny):
+    foreign = place / "build/image/tiny/notes.txt"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text("mine")
+    done = make(place, tiny.repository, "--no-build")
+    assert done.returncode == 1 and "choose another --name" in done.stderr and foreign.is_file()
+
+
+def test_without_docker_nothing_is_exported_first(place, tiny, tmp_path):
+    done = make(place, tiny.repository, docker=docker_stand_in(tmp_path / "docker", status=1))
+    assert done.returncode == 1 and "expected a running Docker" in done.stderr and "--dry-run" in done.stderr
+    assert not (place / "build").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((), "expected MODEL or clean"),
+        (("m", "--max-batch-size", "0"), "--max-batch-size: expected a number from 1"),
+        (("m", "--precision", "INT4"), "--precision: expected"),
+        (("m", "--tag", "Upper Case"), "--tag: expected"),
+        (("m", "--name", "../up"), "--name: expected"),
+        (("m", "--fast"), "--fast: unknown option"),
+        (("clean", "--name", ".."), "--name: expected"),
+    ],
+)
+def test_bad_usage_is_refused(place, options, words):
+    done = make(place, *options)
+    assert done.returncode == 2 and words in done.stderr
+
+
+def test_a_file_that_is_no_package_is_named(place):
+    done = make(place, ROOT / "README.md", "--dry-run")
+    assert done.returncode == 1 and "expected a package of verdicts.py" in done.stderr
+
+
+def test_dockerfile_is_pinned_not_root_and_checked():
+    lines = (ROOT / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
+    instructions = [line.split(maxsplit=1) for line in lines if line and not line.startswith("#")]
+    values = {name: value for name, value in instructions}
+    assert values["FROM"] == PINNED
+    assert values["USER"].split(":")[0] not in ("0", "root")
+    assert "/v2/health/ready" in values["HEALTHCHECK"]
+    assert "RUN" not in values and "ADD" not in values  # nothing is fetched
+
+
+def test_pinned_image_is_the_one_that_serve_sh_runs():
+    assert f"IMAGE={PINNED}" in (ROOT / "serve.sh").read_text()
+
+
+def test_hadolint_has_no_findings():
+    hadolint = Path(sys.executable).with_name("hadolint")
+    if not hadolint.is_file():
+        pytest.skip("hadolint is not installed; ./install.sh")
+    done = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_compose_has_limits_and_listens_on_this_machine_only():
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+    for service in services.values():
+        assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+        assert service["mem_limit"] and service["cpus"] and service["pids_limit"]
+    assert services["gpu"]["deploy"]["resources"]["reservations"]["devices"]
+
+
+def test_help_is_the_header():
+    done = run("make_image.sh", "-h")
+    assert done.returncode == 0 and done.stdout.startswith("Bake a classifier's model repository")
