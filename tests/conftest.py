@@ -141,7 +141,7 @@ def reviews(trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("classifier")
     repository = folder / "reviews"
     succeed("torch2onnx.py", "--task", "classification", "--model", trained.folder, "--repository", repository)
-    succeed("quantize.py", "--repository", repository)
+    succeed("quantize.py", "--quick", "--repository", repository, "--results", folder / "results")
     return SimpleNamespace(checkpoint=trained.folder, repository=repository, results=folder / "results")
 
 
