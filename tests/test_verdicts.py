@@ -178,13 +178,13 @@ def test_texts_stay_out_where_they_may_not_be_passed_on(reviews, studied, servic
     texts, _ = labelled.read_labelled(labelled.REVIEWS, "text", "label")
     shown = [flip["text"] for row in record_of(service.results)["models"].values() for flip in row.get("flipped", ())]
     assert set(shown) <= set(texts) and "flip TRT_INT8: " in studied.stdout
-    assert study(reviews, "--no-texts", results=tmp_path).returncode == 0
+    assert study(reviews, "--no-texts", "--max-texts", 60, results=tmp_path).returncode == 0
     content = (tmp_path / "reviews-checkpoint/verdicts.json").read_text()
     assert not any(text in content for text in texts)
 
 
 def test_few_texts_show_nothing_and_package_says_so(reviews, tmp_path):
-    done = study(reviews, results=tmp_path)
+    done = study(reviews, "--max-texts", 40, results=tmp_path)
     assert done.returncode == 0 and "needs at least 736 texts" in done.stdout
     done = run_here(verdicts, "package", "--repository", reviews.repository, "--results", tmp_path)
     assert done.returncode == 1 and "expected a model that may be deployed" in done.stderr
