@@ -225,9 +225,12 @@ def slug(name):
 
 
 def environment_record():
-    """Machine, versions and code state of this run, for every file under results/."""
+    """Machine, versions and code state of this run, for every file under results/.
+
+    Of an absolute path in the arguments only the name is recorded: where it lay is nobody's business.
+    """
     return {
-        "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "argv": [Path(arg).name if Path(arg).is_absolute() else arg for arg in (Path(sys.argv[0]).name, *sys.argv[1:])],
         "utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _command("git", "-C", str(ROOT), "rev-parse", "HEAD"),
         "dirty": _dirty(),
