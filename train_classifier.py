@@ -172,6 +172,11 @@ def parse_args():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="how many compute (default: torch's choice)")
     args = parser.parse_args()
+    if args.output.exists() and not (args.output / "training.json").is_file():
+        raise SystemExit(
+            f"--output: expected a new folder or a checkpoint of this script, found {args.output} with other things in it; "
+            "name another, or remove it"
+        )
     if min(args.epochs, args.batch_size) < 1:
         parser.error("--epochs, --batch-size: expected at least 1")
     args.random_weights = args.packaged_if_offline = False

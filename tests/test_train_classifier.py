@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ROOT, run_here, succeed
+from conftest import ROOT, run, run_here, succeed
 
 import labelled
 import train_classifier
@@ -92,3 +92,11 @@ def test_labels_are_names_or_numbers_of_the_model():
     assert labelled.class_indices("f", ["good", "bad", "1", "0"], ["bad", "good"]) == [1, 0, 1, 0]
     with pytest.raises(SystemExit, match="expected labels bad, good or 0 to 1, found awful"):
         labelled.class_indices("f", ["awful"], ["bad", "good"])
+
+
+def test_a_folder_with_other_things_is_not_replaced(tmp_path):
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters/one.txt").write_text("dear")
+    done = run("train_classifier.py", "--output", tmp_path / "letters")
+    assert done.returncode == 1 and "name another" in done.stderr
+    assert (tmp_path / "letters/one.txt").read_text() == "dear"
