@@ -51,6 +51,7 @@ GATES = {
 # INT8 and BEST of a classifier, over all texts at once: the direction of two logits says little
 LOGITS_GATE = {"relative_l2_error": 0.05, "mean_cosine": 0.9}
 
+MAX_LENGTH = 128  # tokens per text of an embedder
 MAX_BATCH_SIZE = 8  # the largest batch of the plans: --maxShapes of build_trt.sh
 
 

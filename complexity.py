@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from common import ASSETS, RESULTS, environment_record, read_json, replace_when_done, write_json
+from common import ASSETS, MAX_LENGTH, RESULTS, environment_record, read_json, replace_when_done, write_json
 from layer_times import measure_layers
 from layers import (
     UnknownLayer,
@@ -250,6 +250,7 @@ def parse_args(add_model_arguments):
     parser.add_argument("--assets", type=Path, default=ASSETS)
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
+    args.max_length = MAX_LENGTH if args.max_length is None else args.max_length
     if (args.peak_tflops is None) != (args.bandwidth_gb_s is None):
         parser.error("--peak-tflops, --bandwidth-gb-s: expected both or neither")
     return args

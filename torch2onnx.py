@@ -49,6 +49,7 @@ from common import (
     EMBEDDING,
     INPUT_IDS,
     MAX_BATCH_SIZE,
+    MAX_LENGTH,
     REFERENCE,
     REPOSITORY,
     RESULTS,
@@ -65,7 +66,6 @@ from complexity import count_complexity, describe_totals, write_complexity
 from repository import write_repository
 from roofline import find_gpu, read_hardware
 
-MAX_LENGTH = 128  # tokens per text of an embedder
 OPSET = 19
 CHECK_BATCHES = (1, 3, 8)
 
@@ -254,7 +254,6 @@ def add_model_arguments(parser):
     parser.add_argument(
         "--packaged-if-offline", action="store_true", help="use the packaged MiniLM if the hub cannot be reached"
     )
-    parser.add_argument("--task", choices=("embedding", "classification"), default="embedding")
     parser.add_argument(
         "--max-length",
         type=int,
@@ -267,6 +266,7 @@ def add_model_arguments(parser):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
+    parser.add_argument("--task", choices=("embedding", "classification"), default="embedding")
     parser.add_argument(
         "--max-error", type=float, default=1e-4, help="largest allowed abs error to torch (default: %(default)s)"
     )
@@ -286,6 +286,8 @@ def parse_args():
         parser.error("--num-outputs: expected at least 1")
     if args.max_batch_size < 1:
         parser.error("--max-batch-size: expected at least 1")
+    if args.max_length is not None and args.max_length < 3:
+        parser.error("--max-length: expected at least 3, two special tokens and one of text")
     if args.task == "embedding":
         if args.labels or args.tokenizer or args.name:
             parser.error("--labels, --tokenizer, --name: expected --task classification with them")

@@ -147,9 +147,14 @@ def test_check_accepts_signed_symmetric_and_refuses_the_rest():
             quantize.check_quantization("g", small_quantized_graph(0, TensorProto.INT8), asked)
 
 
+def encode_two_texts(exported):
+    served = quantize.load_tokenizer(exported.assets)
+    return quantize.encode(served, ["A short text.", "Another one"], (common.INPUT_IDS, common.ATTENTION_MASK))
+
+
 def test_padding_sets_no_range(exported):
     reference = onnx.load(exported.repository / "model_ONNX/1/model.onnx")
-    encoded = quantize.encode_texts(quantize.load_tokenizer(exported.assets), ["A short text.", "Another one"])
+    encoded = encode_two_texts(exported)
     (tensor,) = {int8_graph.last_hidden_state(reference)}
     found = int8_search.capture_activations(reference, [tensor], encoded, 0)[tensor]
     assert found.shape == (encoded["ATTENTION_MASK"].sum(), 384) and len(found) == 10
@@ -195,7 +200,7 @@ def test_smoothing_alone_changes_nothing(exported):
     chosen = [name for recipe in recipes.values() for name in recipe["weights"]]
     graph = int8_graph.insert_int8(reference, recipes, set(chosen))
     bypass_quantization(graph, weights, recipes)
-    encoded = quantize.encode_texts(quantize.load_tokenizer(exported.assets), ["A short text.", "Another one"])
+    encoded = encode_two_texts(exported)
     expected = int8_search.run_graph(reference, encoded)
     assert int8_search.measure(graph, expected, encoded)["relative_l2_error"] < 1e-4
 
