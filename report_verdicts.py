@@ -9,7 +9,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from report_tables import NOT_MEASURED, caption, relative, table, title
-from verdict_statistics import cut_points, precision_recall
 
 LINES = {"torch": "-", "ONNX": (0, (5, 1)), "TRT_FP32": "-", "TRT_FP16": "--", "TRT_INT8": "-.", "TRT_BEST": ":"}
 
@@ -124,19 +123,18 @@ def conclusion(record):
 
 
 def read_logits(model):
-    """(classes, {name: float [texts, labels]}) of verdicts.csv."""
+    """{name: float [texts, labels]} of verdicts.csv."""
     labels = model["verdicts"]["model"]["labels"]
     with open(model["folder"] / "verdicts.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    classes = np.array([int(row["class"]) for row in rows])
     names = model["verdicts"]["models"]
-    return classes, {n: np.array([[float(row[f"{n} {label}"]) for label in labels] for row in rows]) for n in names}
+    return {n: np.array([[float(row[f"{n} {label}"]) for label in labels] for row in rows]) for n in names}
 
 
 def draw_verdicts(model):
     """A scatter of logits against torch per model; below, precision against recall where there is a threshold."""
     record = model["verdicts"]
-    classes, logits = read_logits(model)
+    logits = read_logits(model)
     threshold = record["threshold"]
     if threshold is not None:
         column = record["model"]["labels"].index(record["positive"])
@@ -147,7 +145,7 @@ def draw_verdicts(model):
     for axes, name in zip(rows[0].subplots(1, len(others), squeeze=False)[0], others, strict=True):
         draw_scatter(axes, name, logits["torch"], logits[name], threshold)
     if threshold is not None:
-        draw_curves(rows[1].subplots(), logits, classes, threshold)
+        draw_curves(rows[1].subplots(), record)
     figure.suptitle(f"{title(model)}: verdicts on {record['data']['count']} texts", fontsize=10)
     return figure
 
@@ -170,14 +168,14 @@ def draw_scatter(axes, name, reference, values, threshold):
         axes.legend(fontsize=7)
 
 
-def draw_curves(axes, logits, classes, threshold):
+def draw_curves(axes, record):
     """Precision against recall of every model, with the point that the threshold chooses."""
-    for name, scores in logits.items():
-        precision, recall = precision_recall(scores, classes == 1, cut_points(scores))
-        (line,) = axes.plot(recall, precision, linestyle=LINES[name], label=name)
-        (at_precision,), (at_recall,) = precision_recall(scores, classes == 1, np.array([threshold]))
-        axes.plot(at_recall, at_precision, marker="o", markersize=6, color=line.get_color())
-    axes.set(xlabel="recall", ylabel="precision", title=f"the dots: threshold {threshold:.4f}")
+    for name, row in record["models"].items():
+        (line,) = axes.plot(row["curve"]["recall"], row["curve"]["precision"], linestyle=LINES[name], label=name)
+        at = [row["quality"][key] and row["quality"][key]["value"] for key in ("recall", "precision")]
+        if None not in at:  # no text reaches the threshold: no precision
+            axes.plot(*at, marker="o", markersize=6, color=line.get_color())
+    axes.set(xlabel="recall", ylabel="precision", title=f"the dots: threshold {record['threshold']:.4f}")
     axes.title.set_fontsize(9)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=7)

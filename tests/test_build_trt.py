@@ -171,7 +171,8 @@ def test_a_plan_that_was_not_finished_is_not_kept(place, mode):
 
 def test_killed_in_the_middle_leaves_no_plan(place):
     environment = WITH_STANDIN | {"STANDIN_MODE": "hang"}
-    command = [str(ROOT / "build_trt.sh"), "--model-repository", str(place), "--only", "FP32"]
+    places = ["--model-repository", str(place), "--results", str(place.parent / "results")]
+    command = [str(ROOT / "build_trt.sh"), *places, "--only", "FP32"]
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )

@@ -249,8 +249,11 @@ def test_ctrl_c_in_run_leaves_nothing_behind(chain, tmp_path):
         if line.startswith("ready"):
             break
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(timeout=60) != 0
-    assert http not in processes()
+    try:
+        assert process.wait(timeout=60) != 0
+        assert http not in processes()
+    finally:
+        subprocess.run([ROOT / "serve.sh", "stop", "--http-port", http], capture_output=True)
 
 
 def test_the_readme_shows_the_docker_command_that_serve_sh_runs():

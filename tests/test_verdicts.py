@@ -180,7 +180,9 @@ def test_texts_stay_out_where_they_may_not_be_passed_on(reviews, studied, servic
     assert set(shown) <= set(texts) and "flip TRT_INT8: " in studied.stdout
     assert study(reviews, "--no-texts", "--max-texts", 60, results=tmp_path).returncode == 0
     content = (tmp_path / "reviews-checkpoint/verdicts.json").read_text()
-    assert not any(text in content for text in texts)
+    assert not any(text in content for text in texts) and '"label":' not in content
+    header = (tmp_path / "reviews-checkpoint/verdicts.csv").read_text().split("\n")[0]
+    assert header.startswith("text_number,torch negative,torch positive,ONNX negative")
 
 
 def test_few_texts_show_nothing_and_package_says_so(reviews, tmp_path):
