@@ -137,13 +137,16 @@ def draw_sensitivity(model):
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5), layout="constrained", width_ratios=(1, 1.3))
     points = [p for p in record["curve"] if p["mean_cosine"] is not None]
     shares = [100 * p["int8_flops_share"] for p in points]
-    left.plot(shares, [1 - p["mean_cosine"] for p in points], "o-", label="1 - mean cosine")
-    left.plot(shares, [p["relative_l2_error"] for p in points], "s--", label="relative L2 error")
-    left.axhline(1 - record["target"]["mean_cosine"], color="gray", linestyle=":", label="target: 1 - mean cosine")
+    (cosine,) = left.plot(shares, [1 - p["mean_cosine"] for p in points], "o-", label="1 - mean cosine")
+    (error,) = left.plot(shares, [p["relative_l2_error"] for p in points], "s--", label="relative L2 error")
+    target = record["target"]
+    left.axhline(1 - target["mean_cosine"], color=cosine.get_color(), linestyle=":", label="its target, at most")
+    left.axhline(target["relative_l2_error"], color=error.get_color(), linestyle=":", label="its target, at most")
+    output = "LOGITS" if record["model"].get("task") == "classification" else "EMBEDDING"
     if record["int8_flops_share"]:
         left.axvline(100 * record["int8_flops_share"], color="gray", linewidth=0.8, label="chosen")
     left.set_yscale("log")
-    left.set(xlabel="share of the weight-MatMul FLOPs in INT8, %", ylabel="deviation of EMBEDDING")
+    left.set(xlabel="share of the weight-MatMul FLOPs in INT8, %", ylabel=f"deviation of {output}")
     left.grid(which="both", alpha=0.25)
     left.legend(fontsize=7)
     rows = [row for row in record["matmuls"] if row["relative_l2_error"] is not None]
