@@ -91,7 +91,7 @@ def load_config(folder):
         )
     except (ValueError, OSError) as error:
         raise SystemExit(
-            f"{folder}/config.json: expected a known architecture, found: {str(error).splitlines()[0]}"
+            f"{folder}/config.json: expected a config that transformers takes, found: {str(error).splitlines()[0]}"
         ) from None
     encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     if not encoder or config.is_encoder_decoder or getattr(config, "is_decoder", False):

@@ -62,7 +62,7 @@ def load_model(folder):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError) as error:
         raise SystemExit(
-            f"{folder}/config.json: expected a known architecture, found: {str(error).splitlines()[0]}"
+            f"{folder}/config.json: expected a config that transformers takes, found: {str(error).splitlines()[0]}"
         ) from None
     architectures = config.architectures or []
     if not any(name.endswith("ForSequenceClassification") for name in architectures):

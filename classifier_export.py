@@ -116,7 +116,11 @@ def export_classifier(args):
     repository = args.repository or ROOT / "build" / (args.name or card["slug"])
     name = check_name(args.name or repository.resolve().name)
     if all(label.startswith(GENERIC) for label in card["labels"]):
-        print(f"labels: found only {', '.join(card['labels'])}; name them with --labels FILE", file=sys.stderr)
+        found = ", ".join(card["labels"])
+        print(
+            f"WARNING: {card['name']}: expected labels in id2label, found only {found}; name them with --labels FILE",
+            file=sys.stderr,
+        )
     print(f"{card['name']} ({card['source']}), {card['parameters']:,} parameters, labels {', '.join(card['labels'])}")
     served = serve_tokenizer(tokenizer, card)
     path = repository / EMBEDDERS[REFERENCE] / "1" / "model.onnx"
