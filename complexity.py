@@ -22,6 +22,7 @@ from layers import (
     UnknownLayer,
     by_kind,
     compare_counts,
+    compare_elementwise,
     count_closed_form,
     count_fvcore,
     count_torch,
@@ -58,6 +59,7 @@ def count_flops(embedder, length):
         layers = list_layers(embedder, length)
         closed = count_closed_form(layers, length)
         fvcore, torch_flops = count_fvcore(embedder, length), count_torch(embedder, length)
+        compare_elementwise(layers, fvcore["unsupported_ops"])
         compare_counts(closed, fvcore, torch_flops)
     except UnknownLayer as error:
         raise SystemExit(
@@ -221,6 +223,8 @@ def describe_threshold(found):
 def print_summary(record):
     gpu = record["gpu"]
     print(describe_totals(record))
+    left_out = ", ".join(f"{op} ({n})" for op, n in record["counts"]["fvcore_unsupported_ops"].items())
+    print(f"fvcore has no rule for {left_out}: no matmul among them, counted in closed form")
     ridges = ", ".join(f"{p} {r:.1f}" for p, r in gpu["ridge_points"].items() if r)
     print(
         f"{gpu['name']}: {gpu['bandwidth'] / 1e9:g} GB/s, ridge points in FLOP/byte: {ridges}. Bound by arithmetic from:"

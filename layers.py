@@ -16,22 +16,25 @@ from torch.utils.flop_counter import FlopCounterMode
 from roofline import cost, is_matmul
 
 # the last part of a Linear's path -> its kind; the first that fits. Families: BERT, RoBERTa, ELECTRA; DistilBERT;
-# ALBERT; MPNet; ModernBERT
+# ALBERT; MPNet
 LINEAR_KINDS = {
-    "QKV": r"\.Wqkv$",
     "Q": r"\.(query|q_lin|q_proj|q)$",
     "K": r"\.(key|k_lin|k_proj|k)$",
     "V": r"\.(value|v_lin|v_proj|v)$",
-    "output projection": r"attention\.output\.dense$|\.(out_lin|out_proj|attn\.o|attention\.dense|attn\.Wo)$",
-    "FFN 1": r"\.(intermediate\.dense|lin1|ffn|mlp\.Wi)$",
-    "FFN 2": r"\.(output\.dense|lin2|ffn_output|mlp\.Wo)$",
+    "output projection": r"attention\.output\.dense$|\.(out_lin|out_proj|attn\.o|attention\.dense)$",
+    "FFN 1": r"\.(intermediate\.dense|lin1|ffn)$",
+    "FFN 2": r"\.(output\.dense|lin2|ffn_output)$",
     "head": r"^linear$",
     "other Linear": r".",
 }
 ACTIVATIONS = {"GELU": 8, "GELUActivation": 8, "NewGELUActivation": 8, "FastGELUActivation": 8, "ReLU": 1, "Tanh": 8}
 TRANSPARENT = (torch.nn.Dropout, torch.nn.Identity, torch.nn.Flatten)
 # operators that multiply matrices: none of them may stay uncounted
-MATMULS = ("matmul", "bmm", "mm", "addmm", "baddbmm", "linear", "einsum", "scaled_dot_product_attention", "tensordot")
+MATMULS = ("matmul", "bmm", "mm", "addmm", "baddbmm", "linear", "einsum", "tensordot")
+MATMULS += ("scaled_dot_product_attention", "_native_multi_head_attention", "_transformer_encoder_layer_fwd")
+# what a plain function may compute as well as a module: operator -> the kinds of layers that it belongs to
+ELEMENTWISE = {"softmax": ("softmax",), "gelu": ("GELU",), "relu": ("ReLU",), "tanh": ("Tanh", "GELU")}
+ELEMENTWISE |= dict.fromkeys(("silu", "sigmoid", "elu", "leaky_relu", "mish", "hardswish", "glu", "log_softmax"), ())
 
 
 class UnknownLayer(Exception):
@@ -85,9 +88,8 @@ def list_layers(embedder, length):
             kind = linear_kind(path)
             per_token(path, name, out, length)
             add(path, kind, "linear", calls, inputs=module.in_features, outputs=module.out_features)
-            if kind in ("V", "QKV"):
-                width = module.out_features // (3 if kind == "QKV" else 1)
-                heads = config.num_attention_heads
+            if kind == "V":
+                width, heads = module.out_features, config.num_attention_heads
                 block = path.rsplit(".", 1)[0]
                 add(f"{block}/QKᵀ", "QKᵀ", "scores", calls, width=width, heads=heads)
                 add(f"{block}/softmax", "softmax", "softmax", calls, heads=heads)
@@ -103,7 +105,7 @@ def list_layers(embedder, length):
             heads, blocks = config.num_attention_heads, config.num_hidden_layers
             add(path, "position bias gather", "bias gather", calls, heads=heads)
             add(f"{path}/add", "position bias add", "bias add", blocks, heads=heads)
-        elif isinstance(module, torch.nn.Embedding):
+        elif type(module) is torch.nn.Embedding:  # a subclass may hold positions that are rotated, not added
             width = per_token(path, name, out, length)
             tables += 1
             add(path, "embedding gather", "gather", calls, width=width)
@@ -192,8 +194,20 @@ def count_torch(embedder, length):
     return {"flops": int(counter.get_total_flops()), "by_module": found}
 
 
+def compare_elementwise(layers, unsupported):
+    """Raise UnknownLayer if the model calls an elementwise operator more often than the closed form has it.
+
+    unsupported: {"aten::gelu": calls, …}, what fvcore met without having a rule.
+    """
+    for op, found in unsupported.items():
+        kinds = ELEMENTWISE.get(op.removeprefix("aten::").rstrip("_"))
+        expected = sum(layer["calls"] for layer in layers if kinds and layer["kind"] in kinds)
+        if kinds is not None and found > expected:
+            raise UnknownLayer(f"{op}, called {found} times; the closed form has it {expected} times")
+
+
 def compare_counts(closed, fvcore, torch_flops):
-    """Raise UnknownLayer unless the three counts of matmul FLOPs are the same in every module.
+    """Raise UnknownLayer unless the three counts of matmul FLOPs are the same in every module and in total.
 
     closed: {path: FLOPs} of Linears and attention blocks. A parent's count is the sum of what is below it.
     """
@@ -201,6 +215,7 @@ def compare_counts(closed, fvcore, torch_flops):
         "fvcore (2 per multiply-add)": {p: 2 * macs for p, macs in fvcore["by_module"].items()},
         "torch's FlopCounterMode": torch_flops["by_module"],
     }
+    totals = {2 * fvcore["macs"], torch_flops["flops"], sum(closed.values())}
     for counter, by_module in counts.items():
         # the deepest first: the module itself is named and not all that it is in
         for path in sorted(set(closed) | set(by_module), key=lambda p: -p.count(".")):
@@ -209,3 +224,5 @@ def compare_counts(closed, fvcore, torch_flops):
                 raise UnknownLayer(
                     f"{path}: {counter} finds {by_module.get(path, 0):,} matmul FLOPs, the closed form {expected:,}"
                 )
+    if len(totals) > 1:  # outside every module
+        raise UnknownLayer(f"the model itself, whose matmul FLOPs are counted as {sorted(totals)}")

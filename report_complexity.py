@@ -1,5 +1,7 @@
 """The report's section on complexity: FLOPs, bounds, thresholds, least latencies, and the layers' measured times."""
 
+import re
+
 from report_tables import NOT_MEASURED, caption, number, on_cpu, relative, table, title
 
 BATCHES = ("1", "8")  # keys of complexity.json
@@ -47,7 +49,7 @@ def gpu_line(record):
     peaks = ", ".join(f"{p} {v / 1e12:g}" if v else f"no {p}" for p, v in gpu["peak_flops"].items())
     ridges = ", ".join(f"{p} {v:.1f}" for p, v in gpu["ridge_points"].items() if v)
     return (
-        f"**Computed for {gpu['name']}**, on which nothing of this section was executed: TFLOP/s (INT8: TOP/s) {peaks}; {gpu['bandwidth'] / 1e9:g} GB/s; "
+        f"**Computed for {gpu['name']}** from its data sheet: TFLOP/s (INT8: TOP/s) {peaks}; {gpu['bandwidth'] / 1e9:g} GB/s; "
         f"ridge points in FLOP/byte: {ridges} for matmuls, that of FP32 for all others, which the vector units compute. Source: {gpu['source']}."
     )
 
@@ -83,9 +85,9 @@ def bound_lists(record):
     return table(["precision, batch", "bound by arithmetic", "bound by memory"], rows)
 
 
-def threshold_cell(found, practical):
+def threshold_cell(found, peak, practical):
     """Batch real and rounded up, or never and the intensity that no batch exceeds."""
-    if found is None:
+    if found is None or not peak:
         return "no such precision"
     if found["verdict"] != "from":
         return f"{found['verdict']} ({found['limiting_intensity']:.3g})"
@@ -98,7 +100,10 @@ def threshold_table(record):
     precisions = list(record["least_latency_s"])
     rows = []
     for kind in record["kinds"]:
-        cells = (threshold_cell(kind["precisions"][p]["threshold"], record["practical_batch"]) for p in precisions)
+        peaks = record["gpu"]["peak_flops"]
+        cells = (
+            threshold_cell(kind["precisions"][p]["threshold"], peaks[p], record["practical_batch"]) for p in precisions
+        )
         rows.append([kind["kind"], *cells])
     return (
         f"Batch from which on arithmetic is the bound on {record['gpu']['name']}, rounded up (and as solved); "
@@ -130,10 +135,12 @@ def fusion_table(record):
     for row in record["fusion"]:
         cells = []
         for p in SHOWN:
-            found = row["precisions"][p]
-            cells += [f"{found['apart'][b]:.3g} → {found['fused'][b]:.3g}" for b in BATCHES]
+            found, ridge = row["precisions"][p], record["gpu"]["ridge_points"][p]
+            for b in BATCHES:
+                bound = "no such precision" if not ridge else "arithmetic" if found["fused"][b] >= ridge else "memory"
+                cells.append(f"{found['apart'][b]:.3g} → {found['fused'][b]:.3g}: {bound}")
         rows.append([" + ".join(row["chain"]), *cells])
-    return f"What fusion changes, in FLOP/byte:\n\n{table(header, rows)}"
+    return f"What fusion changes, in FLOP/byte, and what then bounds the chain:\n\n{table(header, rows)}"
 
 
 def latency_table(model):
@@ -159,7 +166,7 @@ def measured_latency(perf, gpu, precision, batch):
         return NOT_MEASURED
     rows = [r for r in perf["rows"] if (r["model"], r["concurrency"]) == (PLANS[precision], 1) and "error" not in r]
     name = (perf["environment"]["gpu"] or {}).get("name", "")
-    if not rows or gpu["name"].split()[0] not in name:
+    if not rows or not gpu["pattern"] or not re.search(gpu["pattern"], name, re.IGNORECASE):
         return NOT_MEASURED
     return f"{rows[0]['latency_p50_ms'] * 1e3:.0f}"
 
@@ -174,9 +181,9 @@ def measured_parts(record):
     )
     rows = []
     for r in m["layers"]:
-        cold = "" if r["cold_s"] is None else f"{r['cold_s'] * 1e6:.1f}"
-        ratio = "" if r["cold_s"] is None else f"{r['cold_s'] / r['warm_s']:.2f}"
-        times = (f"{r['warm_s'] * 1e6:.1f}", cold, ratio, f"{r['move_s'] * 1e6:.1f}", f"{r['overhead_s'] * 1e6:.1f}")
+        times = [
+            f"{r[k] * 1e6:.1f}" if r.get(k) else "" for k in ("warm_s", "cold_s", "memory_s", "move_s", "overhead_s")
+        ]
         speed = (f"{r['achieved_flops'] / 1e9:.1f}", f"{r['roofline_share']:.0%}")
         rows.append(
             [r["kind"], r["batch"], *times, *speed, r["predicted"], r["measured"], "yes" if r["agree"] else "no"]
@@ -184,10 +191,10 @@ def measured_parts(record):
     header = [
         "layer",
         "batch",
-        "µs, weights warm",
-        "µs, weights cold",
-        "cold / warm",
-        "µs to copy its bytes",
+        "µs, all in cache",
+        "µs, weights from memory",
+        "µs, all from memory",
+        "µs to move its bytes",
         "µs of a call on nothing",
     ]
     header += ["GFLOP/s", "share of the roofline", "predicted bound", "measured bound", "agree"]

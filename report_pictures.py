@@ -88,7 +88,8 @@ def draw_performance(model):
 def draw_roofline(model):
     """Left: intensity against batch with the ridges. Right: the roofs and every kind of layer at batch 1 and 8."""
     record = model["complexity"]
-    gpu, length, precision = record["gpu"], record["length"], "FP16"
+    gpu, length = record["gpu"], record["length"]
+    precision = next(p for p in ("FP16", "FP32", *gpu["peak_flops"]) if gpu["peak_flops"][p])
     figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 5.6), layout="constrained")
     batches = [2**i for i in range(11)]
     groups = {}  # layers of the same intensity at every batch share a line
@@ -106,14 +107,16 @@ def draw_roofline(model):
         for batch, face in ((1, "none"), (8, style["color"])):
             x = kind["precisions"][precision]["intensity"][str(batch)]
             right.plot(x, min(peak, x * gpu["bandwidth"]) / 1e12, linestyle="", markerfacecolor=face, **style)
-    for i, (name, peak) in enumerate((p, v) for p, v in gpu["peak_flops"].items() if v):
+    for kinds, matmul, dashes in (("matmuls", True, "-"), ("all others, vector units", False, "--")):
+        peak = peak_flops(gpu, {"op": "linear" if matmul else "add"}, precision)
+        if not peak:
+            continue
         ridge = peak / gpu["bandwidth"]
-        dashes = list(LINES.values())[i + 1]
         left.axhline(ridge, color="black", linestyle=dashes, linewidth=1)
-        left.annotate(f"ridge {name}", (batches[-1], ridge), fontsize=7, ha="right", va="bottom")
+        left.annotate(f"ridge of {kinds}", (batches[-1], ridge), fontsize=7, ha="right", va="bottom")
         xs = [0.05, ridge, 3000]
         ys = [min(peak, x * gpu["bandwidth"]) / 1e12 for x in xs]
-        right.plot(xs, ys, color="black", linestyle=dashes, linewidth=1, label=f"roof {name}")
+        right.plot(xs, ys, color="black", linestyle=dashes, linewidth=1, label=f"roof of {kinds}")
     left.set_xscale("log", base=2)
     left.set_yscale("log")
     left.xaxis.set_major_formatter("{x:g}")
@@ -127,7 +130,7 @@ def draw_roofline(model):
     right.legend(fontsize=7)
     for axes in (left, right):
         axes.grid(which="both", alpha=0.2)
-    figure.suptitle(f"{title(model)}: computed for {gpu['name']}, nothing measured on it", fontsize=10)
+    figure.suptitle(f"{title(model)}: {precision}, computed for {gpu['name']} from its data sheet", fontsize=10)
     return figure
 
 
