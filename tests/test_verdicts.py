@@ -2,12 +2,14 @@
 
 import csv
 import json
+import shutil
 import tarfile
 
 import numpy as np
 import pytest
 from conftest import run_here, save_classifier, start_server, succeed, tiny_config
 
+import classifier_repository
 import common
 import labelled
 import torch2onnx
@@ -260,6 +262,26 @@ def test_a_server_with_another_model_is_named(service, tiny, tmp_path):
     assert done.returncode == 1 and "expected the model of the repository, found another" in done.stderr
 
 
+def test_a_graph_that_was_replaced_after_the_server_started_is_named(service, tmp_path):
+    graph = service.repository / "model_TRT_INT8/1/model.onnx"
+    graph.rename(tmp_path / "served.onnx")
+    try:
+        # the nearest to it: the same Q/DQ with FP16 around them
+        shutil.copy(service.repository / "model_TRT_BEST/1/model.onnx", graph)
+        done = study(service, "--url", service.http, results=tmp_path)
+    finally:
+        shutil.move(tmp_path / "served.onnx", graph)
+    assert done.returncode == 1 and f"expected the graph {graph}, found another in the server" in done.stderr
+    assert "then start it again" in done.stderr and not (tmp_path / "reviews-checkpoint").exists()
+
+
+def test_a_package_has_nothing_to_be_compared_with(reviews, tmp_path):
+    options = ("--repository", reviews.repository, "--precision", "FP16", "--output", tmp_path / "package")
+    assert run_here(classifier_repository, *options).returncode == 0
+    done = run_here(verdicts, "--model", reviews.checkpoint, "--repository", tmp_path / "package")
+    assert done.returncode == 1 and "expected the graph that the others are compared with" in done.stderr
+
+
 def test_a_url_without_a_server_is_one_line(reviews, tmp_path):
     for url, words in (("127.0.0.1:9", "expected a Triton server"), ("http://127.0.0.1:9", "expected HOST:PORT")):
         done = study(reviews, "--url", url, results=tmp_path)
@@ -306,6 +328,15 @@ def test_the_package_serves_elsewhere_as_it_did_here(packed, service):
     finally:
         succeed("serve.sh", "stop", "--http-port", http)
     assert answer["LABEL"] == expected["LABEL"] == "positive"
+
+
+def test_a_plan_that_was_built_after_the_study_is_not_packed(studied, service, tmp_path):
+    record = record_of(service.results)
+    assert record["plan_sha256"] == {}  # nothing here is executed by TensorRT
+    record["plan_sha256"][record["conclusion"]["winner"]] = "0" * 64
+    common.write_json(tmp_path / "reviews-checkpoint/verdicts.json", record)
+    done = run_here(verdicts, "package", "--repository", service.repository, "--results", tmp_path)
+    assert done.returncode == 1 and "found one of another plan" in done.stderr
 
 
 def test_a_study_of_other_graphs_is_not_packed(studied, service, tmp_path):
