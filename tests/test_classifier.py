@@ -168,6 +168,27 @@ def test_refuses_a_reserved_name(tmp_path, tiny):
     refuse(tmp_path, tiny.checkpoint, "--name", "found tokenizer", options=("--name", "tokenizer"))
 
 
+def test_the_checkpoint_is_not_written_into(tiny):
+    done = run_here(torch2onnx, "--task", "classification", "--model", tiny.checkpoint, "--repository", tiny.checkpoint)
+    assert done.returncode == 1 and "expected another folder than the checkpoint's" in done.stderr
+    assert not (tiny.checkpoint / "model_ONNX").exists()
+
+
+@pytest.mark.parametrize("content", [None, '{"task": "embedding"}', "{"])
+def test_a_folder_of_something_else_is_not_written_into(tmp_path, tiny, content):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r/letter.txt").write_text("dear")
+    if content:
+        (tmp_path / "r/model.json").write_text(content)
+    refuse(tmp_path, tiny.checkpoint, "expected a new folder or a classifier's repository", "--repository")
+
+
+def test_an_export_under_another_name_takes_the_older_ensemble_away(tmp_path, tiny):
+    for name in ("first", "second"):
+        assert export(tmp_path / "r", tiny.checkpoint, "--name", name).returncode == 0
+    assert (tmp_path / "r/second/config.pbtxt").is_file() and not (tmp_path / "r/first").exists()
+
+
 def test_a_tokenizer_may_lie_elsewhere(tmp_path, tiny):
     shutil.copytree(tiny.checkpoint, tmp_path / "model")
     (tmp_path / "words").mkdir()
