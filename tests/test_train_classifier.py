@@ -89,9 +89,19 @@ def test_a_quotation_mark_in_a_tsv_is_text(tmp_path):
 
 
 def test_labels_are_names_or_numbers_of_the_model():
-    assert labelled.class_indices("f", ["good", "bad", "1", "0"], ["bad", "good"]) == [1, 0, 1, 0]
-    with pytest.raises(SystemExit, match="expected labels bad, good or 0 to 1, found awful"):
-        labelled.class_indices("f", ["awful"], ["bad", "good"])
+    assert labelled.class_indices("f", ["good", "bad"], ["bad", "good"]) == [1, 0]
+    assert labelled.class_indices("f", ["1", "0"], ["bad", "good"]) == [1, 0]
+    # names that are numbers too
+    assert labelled.class_indices("f", ["1", "2"], ["1", "2", "3"]) == [0, 1]
+    assert labelled.class_indices("f", ["0", "1", "2"], ["1", "2", "3"]) == [0, 1, 2]
+    for labels, found in ((["awful"], "awful"), (["good", "0"], "names and numbers mixed")):
+        with pytest.raises(SystemExit, match=f"expected labels bad, good or 0 to 1, found {found}"):
+            labelled.class_indices("f", labels, ["bad", "good"])
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
+    path = write(tmp_path, "\ufefftext\tlabel\ngood\tyes\n")
+    assert labelled.read_labelled(path, "text", "label") == (["good"], ["yes"])
 
 
 def test_a_folder_with_other_things_is_not_replaced(tmp_path):
