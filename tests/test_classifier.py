@@ -48,6 +48,20 @@ def test_logits_are_those_of_the_original_with_its_own_tokenizer(reviews):
         np.testing.assert_allclose(session.run(["LOGITS"], feeds)[0], expected, atol=1e-4)
 
 
+def test_a_text_is_cut_and_padded_on_the_tokenizers_side(tmp_path):
+    sides = {"truncation_side": "left", "padding_side": "left"}
+    folder = save_classifier(tmp_path / "c", tiny_config(), **sides)
+    assert export(tmp_path / "r", folder, "--max-length", 16).returncode == 0
+    served = classifier_tokens.load_served_tokenizer(tmp_path / "r/tokenizer/tokenizer.json")
+    texts = ["one two", " ".join(f"word {i}" for i in range(40))]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    expected = tokenizer(texts, padding="max_length", truncation=True, max_length=16)
+    assert tokenizer.truncation_side == "left" and expected["attention_mask"][0][0] == 0
+    found = classifier_tokens.encode(served, texts, ["INPUT_IDS", "ATTENTION_MASK"])
+    assert found["INPUT_IDS"].tolist() == expected["input_ids"]
+    assert found["ATTENTION_MASK"].tolist() == expected["attention_mask"]
+
+
 def test_a_fixed_length_reaches_graph_configs_and_tokenizer(tmp_path, tiny):
     assert export(tmp_path / "r", tiny.checkpoint, "--max-length", 24).returncode == 0
     assert shapes(tmp_path / "r")["INPUT_IDS"] == ["batch", 24]
