@@ -293,6 +293,12 @@ def test_a_model_that_a_registry_has_not_is_named(monkeypatch, tmp_path, tiny):
     refuse(tmp_path, "wandb:team/other/reviews:v9", "wandb:entity/project/name:version")
 
 
+def test_one_file_of_a_registry_is_no_checkpoint(monkeypatch, tmp_path, tiny):
+    # beside it lies what another model left in the cache
+    stand_in(monkeypatch, tmp_path, "clearml", tiny.checkpoint / "model.safetensors")
+    refuse(tmp_path, "clearml:abc123", "expected an uploaded folder, found one file, model.safetensors")
+
+
 def test_a_revision_of_a_registry_stands_in_its_reference(tmp_path):
     refuse(tmp_path, "clearml:abc123", "--revision", options=("--revision", "main"))
 
