@@ -14,6 +14,7 @@ import onnx
 import pytest
 from conftest import ROOT, run, run_here
 
+import classifier_configs as configs
 import classifier_repository
 import classifier_tokens
 import common
@@ -42,10 +43,16 @@ def check(folder):
 def test_every_config_is_what_the_script_writes_and_fits_its_graph(reviews):
     card = classifier_repository.read_card(reviews.repository)
     assert classifier_repository.present(reviews.repository) == list(common.EMBEDDERS)
-    for path in reviews.repository.glob("*/config.pbtxt"):
-        config = repository.read_config(path)
-        assert config.name == path.parent.name and config.max_batch_size == 8
-        assert path.read_text() == repository.config_text(config, classifier_repository.OUR_COMMENTS)
+    served = classifier_tokens.load_served_tokenizer(reviews.repository / "tokenizer/tokenizer.json")
+    feeds = classifier_tokens.encode(served, [classifier_repository.WARMUP_TEXT], card["inputs"])
+    length = feeds["INPUT_IDS"].shape[1]
+    expected = [configs.tokenizer_config(card, 8), configs.postprocess_config(card, 8)]
+    expected += [configs.ensemble_config("reviews", "ONNX", card, 8)]
+    expected += [configs.model_config(suffix, card, 8, "onnx", length) for suffix in common.EMBEDDERS]
+    assert {c.name for c in expected} == {path.parent.name for path in reviews.repository.glob("*/config.pbtxt")}
+    for config in expected:
+        text = (reviews.repository / config.name / "config.pbtxt").read_text()
+        assert text == repository.config_text(config, configs.OUR_COMMENTS)
     for model in common.EMBEDDERS.values():
         graph = onnx.load(reviews.repository / model / "1/model.onnx")
         names = {v.name for v in (*graph.graph.input, *graph.graph.output)}
