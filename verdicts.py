@@ -232,6 +232,18 @@ def show(interval):
     )
 
 
+def print_confusion(record):
+    """Each model's verdicts against torch's, a line per verdict of torch."""
+    labels = record["model"]["labels"]
+    names = labels if record["positive"] is None else [f"not {record['positive']}", record["positive"]]
+    for model, row in record["models"].items():
+        if model == "torch":
+            continue
+        for name, counts in zip(names, row["confusion"], strict=True):
+            found = ", ".join(f"{count} {other}" for other, count in zip(names, counts, strict=True))
+            print(f"confusion {model}: torch {name}: {found}")
+
+
 def print_study(record, flips):
     """Tables and flips on stdout."""
     if record["threshold"] is None:
@@ -244,16 +256,18 @@ def print_study(record, flips):
     for name, row in record["models"].items():
         print(f"{name:10}" + "".join(f"{show(row['quality'][key]):>26}" for key in ("accuracy", "precision", "recall")))
     print(
-        f"{'model':10}{'agreement (exact)':>26}{'flips':>7}{'restored to':>13}{'McNemar p':>11}{'mean':>10}{'max abs':>10}{'p50 ms':>8}  executed by"
+        f"{'model':10}{'agreement (exact)':>26}{'flips':>7}{'restored to':>13}{'at':>10}{'McNemar p':>11}{'mean':>10}{'min':>10}{'max abs':>10}{'p50 ms':>8}  executed by"
     )
     for name, row in record["models"].items():
         if name != "torch":
             d, closest = row["deviation"], row["closest_threshold"]
             after = "" if closest is None else f"{closest['flips_after']} ({closest['flips_cross_validated']})"
+            at = "" if closest is None else f"{closest['threshold']:.4f}"
             print(
-                f"{name:10}{show(row['agreement']):>26}{row['flips']:7}{after:>13}{row['mcnemar']['p']:11.3g}"
-                f"{d['mean']:10.4f}{d['max_abs']:10.4f}{row['latency_p50_ms']:8.2f}  {row['engine']}"
+                f"{name:10}{show(row['agreement']):>26}{row['flips']:7}{after:>13}{at:>10}{row['mcnemar']['p']:11.3g}"
+                f"{d['mean']:10.4f}{d['min']:10.4f}{d['max_abs']:10.4f}{row['latency_p50_ms']:8.2f}  {row['engine']}"
             )
+    print_confusion(record)
     for name, listed in flips.items():
         for flip in listed[:PRINTED_FLIPS]:
             print(
