@@ -28,6 +28,7 @@ def test_the_checkpoint_is_a_normal_one_that_beats_guessing(trained):
     record = json.loads((trained.folder / "training.json").read_text())
     assert record["accuracy"] == pytest.approx(accuracy)
     assert accuracy >= 0.75
+    assert json.loads((trained.results / "reviews-checkpoint/training.json").read_text()) == record
 
 
 def test_the_projects_labelled_texts_are_balanced_and_not_doubled():
@@ -40,7 +41,8 @@ def test_the_projects_labelled_texts_are_balanced_and_not_doubled():
 def test_sst2_dev_accuracy_is_at_least_080_within_15_minutes(tmp_path):
     columns = ("--text-column", 1, "--label-column", 2, "--label-names", "negative", "positive")
     files = ("--data", SST2 / "sst2_train.tsv", "--eval", SST2 / "sst2_dev.tsv")
-    succeed("train_classifier.py", *files, *columns, "--epochs", 2, "--output", tmp_path / "sst2", timeout_s=900)
+    places = ("--output", tmp_path / "sst2", "--results", tmp_path / "results")
+    succeed("train_classifier.py", *files, *columns, "--epochs", 2, *places, timeout_s=900)
     assert json.loads((tmp_path / "sst2/training.json").read_text())["accuracy"] >= 0.80
 
 
@@ -67,7 +69,7 @@ GOOD = "text\tlabel\ngood\tyes\nbad\tno\n"
     ],
 )
 def test_bad_data_gets_one_clear_line(tmp_path, content, options, words):
-    files = ("--data", write(tmp_path, content), "--output", tmp_path / "out")
+    files = ("--data", write(tmp_path, content), "--output", tmp_path / "out", "--results", tmp_path)
     done = run_here(train_classifier, *files, *options)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
