@@ -19,7 +19,7 @@ import onnx
 import torch
 
 from classifier import SHORTEST, load_classifier, sample_input
-from classifier_repository import check_name, present, write_configs, write_tokenizer
+from classifier_repository import PARTS, check_name, own_record, present, write_configs, write_tokenizer
 from classifier_tokens import encode, load_served_tokenizer, set_lengths
 from common import (
     EMBEDDERS,
@@ -109,11 +109,25 @@ def remove_typed_graphs(repository):
             shutil.rmtree(repository / EMBEDDERS[suffix])
 
 
+def check_place(model, repository):
+    """Exit where the repository would lie in the checkpoint, or in a folder of something else."""
+    if Path(model).is_dir() and Path(model).resolve() == repository.resolve():
+        raise SystemExit(f"{repository}: expected another folder than the checkpoint's; name one with --repository")
+    found = {p.name for p in repository.iterdir()} if repository.is_dir() else set()
+    # parts alone: an export that was interrupted
+    if found - set(PARTS) and not own_record(repository):
+        raise SystemExit(
+            f"{repository}: expected a new folder or a classifier's repository, found other files; "
+            "name another with --repository"
+        )
+
+
 def export_classifier(args):
     """Checkpoint -> a model repository that serves it with ONNX; quantize.py adds the precisions."""
     texts = read_texts(args.texts)
     classifier, tokenizer, card = load_classifier(args)
     repository = args.repository or ROOT / "build" / (args.name or card["slug"])
+    check_place(args.model, repository)
     name = check_name(args.name or repository.resolve().name)
     if all(label.startswith(GENERIC) for label in card["labels"]):
         found = ", ".join(card["labels"])
@@ -135,6 +149,7 @@ def export_classifier(args):
     remove_typed_graphs(repository)
     write_tokenizer(repository, served)
     card |= {"opset": OPSET, "max_abs_error_to_torch": error, "reference_sha256": sha256(path)}
-    write_json(repository / "model.json", card | {"environment": environment_record()})
+    older = own_record(repository).get("service", {})  # write_configs takes its ensemble away
+    write_json(repository / "model.json", card | {"environment": environment_record(), "service": older})
     write_configs(repository, name, REFERENCE, args.max_batch_size)
     print(repository)

@@ -11,6 +11,7 @@ A repository holds all that its server needs; nothing lies beside it.
 """
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -73,6 +74,15 @@ def present(repository):
 def is_classifier(repository):
     """Whether the folder is a classifier's repository: it holds its own record."""
     return (repository / "model.json").is_file()
+
+
+def own_record(folder):
+    """The record of a classifier's repository, {} where the folder is none."""
+    try:
+        card = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return card if isinstance(card, dict) and card.get("task") == "classification" else {}
 
 
 def read_card(repository):
@@ -168,24 +178,33 @@ def refresh(repository):
     write_configs(repository, service["name"], choose(repository, service["precision"]), service["max_batch_size"])
 
 
+def check_target(source, target):
+    """Exit unless the folder may be replaced: it is new, empty, or a repository of this script, and not the source."""
+    if target.resolve() == source.resolve():
+        raise SystemExit(f"{target}: expected another folder than --repository, found the same; name another")
+    empty = not target.exists() or (target.is_dir() and not any(target.iterdir()))
+    if not empty and "service" not in own_record(target):
+        raise SystemExit(
+            f"{target}: expected an empty folder or a repository to replace, found other files; name another"
+        )
+
+
 def extract(source, target, name, precision, max_batch_size, engine="onnx"):
     """Write a repository with one graph of `source` into `target`, which must be new or one of ours.
 
     engine: onnx, what any machine can serve, or plan, for the GPU that the plan was built on.
     """
-    suffix = choose(source, precision)
-    if target.exists() and any(target.iterdir()) and not (target / "model.json").is_file():
-        raise SystemExit(
-            f"{target}: expected an empty folder or a repository to replace, found other files; name another"
-        )
+    suffix, card = choose(source, precision), read_card(source)
+    check_target(source, target)
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
         version = temporary / EMBEDDERS[suffix] / "1"
         version.mkdir(parents=True)
-        copy_graph(source / EMBEDDERS[suffix] / "1", version)
         if engine == "plan":
             copy_plan(source / EMBEDDERS[suffix] / "1", version)
-        card = read_card(source)
+            check_plan_fits(source, source / EMBEDDERS[suffix] / "1" / "model.plan", card)
+        else:
+            copy_graph(source / EMBEDDERS[suffix] / "1", version)
         write_json(temporary / "model.json", card | {"service": {}})
         package = source / "tokenizer" / "site-packages" / "tokenizers"
         write_tokenizer(temporary, load_served_tokenizer(source / "tokenizer" / "tokenizer.json"), package)
@@ -213,12 +232,15 @@ def copy_graph(source, target):
 
 
 def copy_plan(source, target):
-    """The plan with its manifest; exits where there is none."""
-    if not (source / "model.plan").is_file():
-        raise SystemExit(f"{source / 'model.plan'}: expected a TensorRT plan, found none; leave --engine plan out")
+    """The plan with its manifest and the graph beside it as it is; exits where one is missing."""
     for name in ("model.plan", "manifest.json"):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+        if not (source / name).is_file():
+            raise SystemExit(
+                f"{source / name}: expected a TensorRT plan and its manifest, found none; "
+                "run build_trt.sh, or leave --engine plan out"
+            )
+    for name in ("model.onnx", "model.plan", "manifest.json"):
+        shutil.copyfile(source / name, target / name)
 
 
 # --- checking ------------------------------------------------------------------------
@@ -278,16 +300,20 @@ def check_graph(repository, suffix, card, engine):
             f"run classifier_repository.py --repository {repository}"
         )
     if engine == "plan" and wanted == PLATFORMS["plan"]:
-        check_plan_fits(path.with_name("model.plan"))
+        check_plan_fits(repository, path.with_name("model.plan"), card)
 
 
-def check_plan_fits(plan):
-    """Exit unless the plan is the manifest's, for this GPU and the TensorRT of the pinned image."""
+def check_plan_fits(repository, plan, card):
+    """Exit unless the plan is the manifest's, of the present graph, for this GPU and the TensorRT of the pinned image."""
     remedy = "run build_trt.sh on the GPU that serves"
     manifest = read_json(plan.with_name("manifest.json"), remedy)
     gpu = gpu_record() or {}
+    # a repository with one graph lacks the reference, from which trtexec's flags make FP32 and FP16
+    graph = repository / manifest.get("graph", "")
     for what, key, expected in (
         ("SHA-256", "plan_sha256", sha256(plan)),
+        ("the export", "reference_sha256", card["reference_sha256"]),
+        ("the graph", "graph_sha256", sha256(graph) if graph.is_file() else card["reference_sha256"]),
         ("GPU", "gpu", gpu.get("name")),
         ("TensorRT", "tensorrt_version", PINNED_TENSORRT),
     ):
@@ -328,7 +354,7 @@ def main():
         write_configs(args.repository, name, suffix, batch)
     labels = len(read_card(args.repository)["labels"])
     where = args.output or args.repository
-    check_classifier_repository(where)
+    check_classifier_repository(where, args.engine)
     print(f"{where}: {name} answers through {EMBEDDERS[suffix]}, {labels} labels, up to {batch} texts a request")
 
 

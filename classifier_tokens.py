@@ -11,8 +11,9 @@ PAD_MULTIPLE = 8  # texts of like length share a shape, and so a batch
 def set_lengths(fixed, tokenizer, card):
     """Write truncation and padding into a tokenizers.Tokenizer, as the served model pads."""
     limit = card["max_length"]
-    fixed.enable_truncation(limit)
+    fixed.enable_truncation(limit, direction=tokenizer.truncation_side)
     padding = {
+        "direction": tokenizer.padding_side,
         "pad_id": tokenizer.pad_token_id,
         "pad_token": tokenizer.pad_token,
         "pad_type_id": tokenizer.pad_token_type_id,

@@ -20,10 +20,10 @@ def add_column_arguments(parser):
 
 
 def read_rows(path):
-    """[(line number, cells)] of a UTF-8 file: .csv by commas and quotes, any other by tabs."""
+    """[(line number, cells)] of a UTF-8 file, with or without a BOM: .csv by commas and quotes, any other by tabs."""
     path = Path(path)
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:
             # a tab-separated file has no quoting: a quotation mark is a part of its text
             tabs = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
             reader = csv.reader(file, **({} if path.suffix == ".csv" else tabs))
@@ -74,12 +74,16 @@ def read_labelled(path, text_column, label_column):
 
 
 def class_indices(path, labels, names):
-    """Labels of a file -> class indices: a name of the model, or its number."""
-    table = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
-    unknown = sorted(set(labels) - set(table))
-    if unknown:
-        raise SystemExit(
-            f"{path}: expected labels {', '.join(names)} or 0 to {len(names) - 1}, found {unknown[0]}; "
-            "name the column with --label-column, or correct the labels"
-        )
-    return [table[label] for label in labels]
+    """Labels of a file -> class indices: all are the model's names, or else all are its numbers.
+
+    Names first: of classes called 1, 2 and 3 a file with 1 and 2 means those.
+    """
+    by_name, by_number = {name: i for i, name in enumerate(names)}, {str(i): i for i in range(len(names))}
+    for table in (by_name, by_number):
+        if set(labels) <= set(table):
+            return [table[label] for label in labels]
+    unknown = sorted(set(labels) - set(by_name) - set(by_number))
+    raise SystemExit(
+        f"{path}: expected labels {', '.join(names)} or 0 to {len(names) - 1}, found "
+        f"{unknown[0] if unknown else 'names and numbers mixed'}; name the column with --label-column, or correct the labels"
+    )

@@ -96,10 +96,10 @@ check_name() {
   context=$ROOT/build/image/$name
 }
 
-# Docker is looked for before minutes are spent on an export.
-check_docker() {
-  [ -n "$build" ] && [ -z "$dry_run" ] || return 0
-  docker info >/dev/null 2>&1 || fail "expected a running Docker, found none; start it, or see --no-build and --dry-run"
+# Exit with Docker's own reason where it does not run; $1 is the way out.
+need_docker() {
+  local reason
+  reason=$(docker info 2>&1 >/dev/null) || fail "expected a running Docker, found: ${reason//$'\n'/; }; $1"
 }
 
 # The graphs: those of the repository or package, or an export of the checkpoint.
@@ -110,7 +110,9 @@ find_repository() {
     run tar -xzf "$package" -C "$context/package" --strip-components=1
     repository=$context/package/model_repository
   elif [ -z "$repository" ]; then
-    repository=$ROOT/build/$name
+    # not build/<name>: that may be the checkpoint, or a repository with graphs that are still wanted
+    repository=$context/export
+    run rm -rf "$repository"
     run "$python" "$ROOT/torch2onnx.py" --task classification --model "$model" --name "$name" --repository "$repository"
     [ "$precision" = ONNX ] || run "$python" "$ROOT/quantize.py" --repository "$repository" --only "$precision"
   fi
@@ -132,19 +134,26 @@ write_context() {
   run cp "$ROOT/Dockerfile" "$ROOT/.dockerignore" "$context"
 }
 
+# Remove the images whose ids come in; by id: a tag may by now be another's image.
+remove_images() {
+  local id reason
+  while read -r id; do
+    docker image inspect "$id" >/dev/null 2>&1 || continue # removed already
+    reason=$(docker image rm "$id" 2>&1) || fail "$id: expected an image that can be removed, found: ${reason//$'\n'/; }; correct that, then clean again"
+    echo "removed: image $id"
+  done
+}
+
 clean() {
-  local made id
+  local made ids
   for made in "$ROOT"/build/image/${name:-*}/made; do
     [ -f "$made" ] || continue
     made=${made%/made}
-    if [ -s "$made/image.id" ]; then
-      id=$(cat "$made/image.id")
-      # by id: a tag may by now be another's image
-      if docker image rm "$id" >/dev/null 2>&1; then
-        echo "removed: image $id"
-      elif docker info >/dev/null 2>&1 && docker image inspect "$id" >/dev/null 2>&1; then
-        fail "$id: expected an image that nothing uses, found it in use; stop its containers first"
-      fi
+    # image.id too: an interrupted run did not come to the list
+    ids=$(cat "$made/images" "$made/image.id" 2>/dev/null | sort -u) || true
+    if [ -n "$ids" ]; then
+      need_docker "start it, so that the images of ${made#"$ROOT"/} can be removed with it"
+      remove_images <<<"$ids"
     fi
     rm -rf "$made"
     echo "removed: ${made#"$ROOT"/}"
@@ -159,13 +168,16 @@ main() {
     return
   fi
   read_model
-  check_docker
+  # before minutes are spent on an export
+  if [ -n "$build" ] && [ -z "$dry_run" ]; then need_docker "start it, or see --no-build and --dry-run"; fi
   write_context
   local options=(--rm -p 127.0.0.1:8000:8000) profile=cpu
   [ -z "$gpu" ] || options+=(--gpus all) profile=gpu
   if [ -n "$build" ]; then
     # no network: the base image has all that is needed
     run docker build --network none --tag "$tag" --iidfile "$context/image.id" --label "classifier=$name" "$context"
+    # the file has no line end, and the next image of this name overwrites it
+    [ -n "$dry_run" ] || echo "$(<"$context/image.id")" >>"$context/images"
   fi
   [ -n "$dry_run" ] || echo "made: ${build:+$tag, }${context#"$ROOT"/}"
   echo "run: docker run ${options[*]} $tag, or IMAGE=$tag docker compose --profile $profile up --wait"

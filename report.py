@@ -3,7 +3,7 @@
 
 Reads:  results/<model>/quality.json, quality.csv, perf.json, plans.json,
         compile.json, tune.json, complexity.json, sensitivity.json, sts.json; of a classifier
-        verdicts.json, verdicts.csv.
+        verdicts.json, verdicts.csv, training.json.
 Writes: the text between <!-- begin NAME --> and <!-- end NAME --> in report.md and
         README.md, pictures beside the data they show.
 Run:    ./report.py

@@ -8,6 +8,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from common import read_json
 from report_tables import NOT_MEASURED, caption, relative, table, title
 
 LINES = {"torch": "-", "ONNX": (0, (5, 1)), "TRT_FP32": "-", "TRT_FP16": "--", "TRT_INT8": "-.", "TRT_BEST": ":"}
@@ -40,7 +41,7 @@ def verdicts_of(model):
             f"A verdict is whether the logit of `{record['positive']}` reaches {record['threshold']:.4f}: on the original model "
             f"the threshold with the best recall at precision {record['precision']:g}."
         )
-    parts = [f"### {title(model)}", lead, rule, agreement_table(record), quality_table(record)]
+    parts = [f"### {title(model)}", *training(model), lead, rule, agreement_table(record), quality_table(record)]
     parts.append(
         f"Agreement: exact {bootstrap['confidence']:.0%} interval, bootstrap beside it; the others: bootstrap, {bootstrap['resamples']} resamples. "
         "Flips: verdicts other than torch's. McNemar: exact test of who is right where torch and the model differ. "
@@ -53,6 +54,18 @@ def verdicts_of(model):
         f"Data: [verdicts.json]({relative(model, 'verdicts.json')}), [verdicts.csv]({relative(model, 'verdicts.csv')})"
     )
     return "\n\n".join(parts)
+
+
+def training(model):
+    """[a sentence of training.json]; [] where the classifier was not trained by train_classifier.py."""
+    path = model["folder"] / "training.json"
+    if not path.is_file():
+        return []
+    record = read_json(path, "run train_classifier.py again")
+    return [
+        f"Trained on {record['data']}: {record['texts']} texts, dev accuracy {record['accuracy']:.4f} on "
+        f"{record['eval_texts']} texts, {record['seconds']:.0f} s."
+    ]
 
 
 def graphs(record):

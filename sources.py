@@ -13,9 +13,13 @@ from checkpoint import TOKENIZER_FILES, check_checkpoint, find_checkpoint
 
 
 def fetch_clearml(clearml, reference):
-    """ClearML model id -> folder of the unpacked model, or that of its single file."""
+    """ClearML model id -> folder of the unpacked model."""
     path = Path(clearml.InputModel(model_id=reference).get_local_copy(raise_on_error=True))
-    return path if path.is_dir() else path.parent
+    if not path.is_dir():  # its folder is the cache, with files of other models
+        raise SystemExit(
+            f"clearml:{reference}: expected an uploaded folder, found one file, {path.name}; upload what save_pretrained wrote"
+        )
+    return path
 
 
 def fetch_wandb(wandb, reference):

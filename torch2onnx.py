@@ -208,8 +208,9 @@ def export_tokenizer(tokenizer, max_length, assets):
                 "name a checkpoint with a fast tokenizer"
             )
         fixed = tokenizers.Tokenizer.from_file(str(path))
-        fixed.enable_truncation(max_length)
-        fixed.enable_padding(length=max_length, pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
+        fixed.enable_truncation(max_length, direction=tokenizer.truncation_side)
+        padding = {"pad_id": tokenizer.pad_token_id, "pad_token": tokenizer.pad_token}
+        fixed.enable_padding(length=max_length, direction=tokenizer.padding_side, **padding)
         fixed.save(str(path))
     package = Path(tokenizers.__file__).parent
     copy = assets / "site-packages" / "tokenizers"

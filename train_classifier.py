@@ -3,7 +3,8 @@
 
 Reads:  --data, a TSV or CSV of texts and labels; --eval, another one, or every fifth line of
         --data; the encoder: packaged MiniLM, a local folder or a model hub id.
-Writes: --output, a Hugging Face checkpoint with id2label, tokenizer and training.json.
+Writes: --output, a Hugging Face checkpoint with id2label, tokenizer and training.json, which
+        results/<name of that folder>/ gets too.
 Run:    ./train_classifier.py --data assets/reviews.tsv --output build/reviews
 Prints: accuracy on --eval after each epoch; the checkpoint of the best epoch is the one kept.
 """
@@ -20,7 +21,7 @@ from transformers import AutoModelForSequenceClassification
 from transformers import logging as transformers_logging
 
 from checkpoint import PACKAGED_MODEL, check_checkpoint, find_checkpoint, load_config, load_tokenizer
-from common import environment_record, sha256, write_json
+from common import RESULTS, environment_record, sha256, slug, write_json
 from labelled import REVIEWS, add_column_arguments, class_indices, read_labelled
 from torch2onnx import replace_folder_when_done
 
@@ -170,6 +171,7 @@ def parse_args():
         "--max-length", type=int, default=64, help="tokens per text while training (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--threads", type=int, help="how many compute (default: torch's choice)")
     args = parser.parse_args()
     if args.output.exists() and not (args.output / "training.json").is_file():
@@ -215,6 +217,7 @@ def main():
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         write_json(temporary / "training.json", record)
+    write_json(args.results / slug(args.output.resolve().name) / "training.json", record)
     print(f"{args.output}: accuracy {best:.4f} after {seconds:.0f} s")
 
 

@@ -18,6 +18,8 @@ from common import EMBEDDERS, LOGITS, REFERENCE, TEXT, open_session, sha256, spr
 from sources import find_folders
 
 SAME_MODEL_ERROR = 0.05  # of a logit; FP32 arithmetic stays far below, another model far above
+SAME_GRAPH_ERROR = 1e-4  # of a logit; the same graph, tokens, batch and runtime give next to the same numbers
+SERVED_ENGINE = "ONNX Runtime, CPU"  # what executes the graphs in process too
 SPEED_TEXTS = 64  # one request each, the models in turn
 
 
@@ -29,6 +31,11 @@ def progress(items, name):
 def models_to_judge(repository):
     """Suffixes of the graphs to compare. FP32's is the reference itself, unless it has a plan."""
     reference = repository / EMBEDDERS[REFERENCE] / "1" / "model.onnx"
+    if not reference.is_file():
+        raise SystemExit(
+            f"{reference}: expected the graph that the others are compared with, found none; "
+            "name the repository that torch2onnx.py wrote, not a package"
+        )
     suffixes = []
     for suffix in present(repository):
         path = repository / EMBEDDERS[suffix] / "1" / "model.onnx"
@@ -131,7 +138,7 @@ class Served:
         """What executes a model, read back from the server's config."""
         config = self.client.get_model_config(model)
         if config.get("runtime") == "model.py":  # our Python-based backends
-            return "ONNX Runtime, CPU"
+            return SERVED_ENGINE
         kind = config["instance_group"][0].get("kind", "KIND_CPU").removeprefix("KIND_")
         return f"{'TensorRT' if config['platform'] == 'tensorrt_plan' else 'ONNX Runtime'}, {kind}"
 
@@ -162,8 +169,13 @@ class Served:
         return self.infer(EMBEDDERS[suffix], feeds, [LOGITS])[LOGITS]
 
 
-def check_served_model(served, own, texts):
-    """Exit if the server's reference answers otherwise than the graph in the repository."""
+def comparable(engines):
+    """Suffixes of the models that a server executes as this process does, and of the reference."""
+    return [s for s, engine in engines.items() if engine == SERVED_ENGINE or s == REFERENCE]
+
+
+def check_served_models(served, own, repository, texts):
+    """Exit if the server answers otherwise than the graphs in the repository; a plan is not compared."""
     texts = spread(texts, min(8, served.max_batch_size))
     expected = own.logits(REFERENCE, own.tokenize(texts))
     found = served.logits(REFERENCE, served.tokenize(texts))
@@ -173,6 +185,17 @@ def check_served_model(served, own, texts):
             f"{served.url}: expected the model of the repository, found another (logits differ by {error}); "
             "./serve.sh stop, then start it with --model-repository"
         )
+    # the same batch and padding on both sides: others change the order of sums, and with it what INT8 rounds to
+    feeds = served.tokenize(texts)
+    for suffix in comparable(served.engines):
+        bound = SAME_GRAPH_ERROR if served.engines[suffix] == SERVED_ENGINE else SAME_MODEL_ERROR
+        found, expected = served.logits(suffix, feeds), own.logits(suffix, feeds)
+        # NaN on both sides is the graph's own fault, and named later
+        if not np.allclose(found, expected, rtol=0, atol=bound, equal_nan=True):
+            raise SystemExit(
+                f"{served.url}: expected the graph {repository / EMBEDDERS[suffix] / '1' / 'model.onnx'}, found another in "
+                f"the server (logits differ by {np.abs(found - expected).max():.3g}); ./serve.sh stop, then start it again"
+            )
 
 
 # --- all of them ---------------------------------------------------------------------

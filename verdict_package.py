@@ -24,6 +24,9 @@ def read_winner(args, card):
     graph = args.repository / EMBEDDERS[winner] / "1" / "model.onnx"
     if not graph.is_file() or sha256(graph) != study["graph_sha256"][winner]:
         raise SystemExit(f"{path}: expected a study of {graph}, found one of another graph; {remedy} again")
+    plan, studied = graph.with_name("model.plan"), study.get("plan_sha256", {}).get(winner)
+    if studied and (not plan.is_file() or sha256(plan) != studied):
+        raise SystemExit(f"{path}: expected a study of {plan}, found one of another plan; {remedy} again")
     return winner, study
 
 

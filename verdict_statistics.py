@@ -62,7 +62,8 @@ def choose_threshold(scores, positive, wanted):
 
 def closest_threshold(scores, verdicts, near):
     """Threshold whose verdicts on `scores` differ least from `verdicts`; of several the nearest to `near`."""
-    thresholds = np.append(cut_points(scores), near)
+    # above all scores too: the other model may have taken none
+    thresholds = np.append(cut_points(scores), [scores.max() + 1.0, near])
     order = np.argsort(scores)
     first = np.searchsorted(scores[order], thresholds, side="left")
     ones = np.concatenate([[0], np.cumsum(verdicts[order] == 1)])

@@ -36,7 +36,8 @@ from verdict_logits import (
     SAME_MODEL_ERROR,
     InProcess,
     Served,
-    check_served_model,
+    check_served_models,
+    comparable,
     measure_latency,
     model_logits,
     models_to_judge,
@@ -181,12 +182,15 @@ def conclude(rows, latency, engines, bound, count):
 
 def collect(args, card, texts, suffixes):
     """(logits of torch, logits per suffix, p50 per suffix, engines, server record)."""
-    own = InProcess(args.repository, card, [REFERENCE] if args.url else suffixes)
-    source, batch_size = own, args.batch_size
+    batch_size = args.batch_size
     if args.url:
         source = Served(args.url, card, suffixes)
-        check_served_model(source, own, texts)
+        own = InProcess(args.repository, card, comparable(source.engines))
+        check_served_models(source, own, args.repository, texts)
+        del own  # its graphs need as much memory as the server's
         batch_size = min(batch_size, source.max_batch_size)
+    else:
+        source = InProcess(args.repository, card, suffixes)
     reference = torch_logits(args, card, texts)
     logits = model_logits(source, suffixes, texts, batch_size)
     error = float(np.abs(logits[REFERENCE] - reference).max())
@@ -201,6 +205,12 @@ def collect(args, card, texts, suffixes):
                 f"{EMBEDDERS[suffix]}: expected finite logits, found NaN or infinity; run quantize.py again"
             )
     return reference, logits, measure_latency(source, suffixes, texts), source.engines, source.record
+
+
+def plans_behind(repository, engines):
+    """{suffix: SHA-256 of the plan} of the models that TensorRT executes."""
+    plans = {s: repository / EMBEDDERS[s] / "1" / "model.plan" for s, e in engines.items() if e.startswith("TensorRT")}
+    return {suffix: sha256(plan) for suffix, plan in plans.items() if plan.is_file()}
 
 
 def write_logits(path, columns, labels):
@@ -222,6 +232,18 @@ def show(interval):
     )
 
 
+def print_confusion(record):
+    """Each model's verdicts against torch's, a line per verdict of torch."""
+    labels = record["model"]["labels"]
+    names = labels if record["positive"] is None else [f"not {record['positive']}", record["positive"]]
+    for model, row in record["models"].items():
+        if model == "torch":
+            continue
+        for name, counts in zip(names, row["confusion"], strict=True):
+            found = ", ".join(f"{count} {other}" for other, count in zip(names, counts, strict=True))
+            print(f"confusion {model}: torch {name}: {found}")
+
+
 def print_study(record, flips):
     """Tables and flips on stdout."""
     if record["threshold"] is None:
@@ -234,16 +256,18 @@ def print_study(record, flips):
     for name, row in record["models"].items():
         print(f"{name:10}" + "".join(f"{show(row['quality'][key]):>26}" for key in ("accuracy", "precision", "recall")))
     print(
-        f"{'model':10}{'agreement (exact)':>26}{'flips':>7}{'restored to':>13}{'McNemar p':>11}{'mean':>10}{'max abs':>10}{'p50 ms':>8}  executed by"
+        f"{'model':10}{'agreement (exact)':>26}{'flips':>7}{'restored to':>13}{'at':>10}{'McNemar p':>11}{'mean':>10}{'min':>10}{'max abs':>10}{'p50 ms':>8}  executed by"
     )
     for name, row in record["models"].items():
         if name != "torch":
             d, closest = row["deviation"], row["closest_threshold"]
             after = "" if closest is None else f"{closest['flips_after']} ({closest['flips_cross_validated']})"
+            at = "" if closest is None else f"{closest['threshold']:.4f}"
             print(
-                f"{name:10}{show(row['agreement']):>26}{row['flips']:7}{after:>13}{row['mcnemar']['p']:11.3g}"
-                f"{d['mean']:10.4f}{d['max_abs']:10.4f}{row['latency_p50_ms']:8.2f}  {row['engine']}"
+                f"{name:10}{show(row['agreement']):>26}{row['flips']:7}{after:>13}{at:>10}{row['mcnemar']['p']:11.3g}"
+                f"{d['mean']:10.4f}{d['min']:10.4f}{d['max_abs']:10.4f}{row['latency_p50_ms']:8.2f}  {row['engine']}"
             )
+    print_confusion(record)
     for name, listed in flips.items():
         for flip in listed[:PRINTED_FLIPS]:
             print(
@@ -280,6 +304,7 @@ def study(args):
         "server": server,
         "data": {"file": args.data.name, "sha256": sha256(args.data), "count": len(texts)},
         "graph_sha256": {s: sha256(args.repository / EMBEDDERS[s] / "1" / "model.onnx") for s in suffixes},
+        "plan_sha256": plans_behind(args.repository, engines),
         "logits_sha256": sha256(folder / "verdicts.csv"),
         "positive": None if positive is None else card["labels"][positive],
         "precision": None if positive is None else args.precision,

@@ -135,8 +135,9 @@ def trained(tmp_path_factory):
     """MiniLM fine-tuned on the project's own labelled sentences: folder and what was printed."""
     folder = tmp_path_factory.mktemp("trained") / "reviews-checkpoint"
     options = ("--batch-size", 16, "--learning-rate", "2e-4", "--threads", 1)
-    done = succeed("train_classifier.py", "--output", folder, *options)
-    return SimpleNamespace(folder=folder, stdout=done.stdout)
+    results = folder.parent / "results"
+    done = succeed("train_classifier.py", "--output", folder, "--results", results, *options)
+    return SimpleNamespace(folder=folder, results=results, stdout=done.stdout)
 
 
 @pytest.fixture(scope="session")

@@ -48,6 +48,20 @@ def test_logits_are_those_of_the_original_with_its_own_tokenizer(reviews):
         np.testing.assert_allclose(session.run(["LOGITS"], feeds)[0], expected, atol=1e-4)
 
 
+def test_a_text_is_cut_and_padded_on_the_tokenizers_side(tmp_path):
+    sides = {"truncation_side": "left", "padding_side": "left"}
+    folder = save_classifier(tmp_path / "c", tiny_config(), **sides)
+    assert export(tmp_path / "r", folder, "--max-length", 16).returncode == 0
+    served = classifier_tokens.load_served_tokenizer(tmp_path / "r/tokenizer/tokenizer.json")
+    texts = ["one two", " ".join(f"word {i}" for i in range(40))]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    expected = tokenizer(texts, padding="max_length", truncation=True, max_length=16)
+    assert tokenizer.truncation_side == "left" and expected["attention_mask"][0][0] == 0
+    found = classifier_tokens.encode(served, texts, ["INPUT_IDS", "ATTENTION_MASK"])
+    assert found["INPUT_IDS"].tolist() == expected["input_ids"]
+    assert found["ATTENTION_MASK"].tolist() == expected["attention_mask"]
+
+
 def test_a_fixed_length_reaches_graph_configs_and_tokenizer(tmp_path, tiny):
     assert export(tmp_path / "r", tiny.checkpoint, "--max-length", 24).returncode == 0
     assert shapes(tmp_path / "r")["INPUT_IDS"] == ["batch", 24]
@@ -168,6 +182,27 @@ def test_refuses_a_reserved_name(tmp_path, tiny):
     refuse(tmp_path, tiny.checkpoint, "--name", "found tokenizer", options=("--name", "tokenizer"))
 
 
+def test_the_checkpoint_is_not_written_into(tiny):
+    done = run_here(torch2onnx, "--task", "classification", "--model", tiny.checkpoint, "--repository", tiny.checkpoint)
+    assert done.returncode == 1 and "expected another folder than the checkpoint's" in done.stderr
+    assert not (tiny.checkpoint / "model_ONNX").exists()
+
+
+@pytest.mark.parametrize("content", [None, '{"task": "embedding"}', "{"])
+def test_a_folder_of_something_else_is_not_written_into(tmp_path, tiny, content):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r/letter.txt").write_text("dear")
+    if content:
+        (tmp_path / "r/model.json").write_text(content)
+    refuse(tmp_path, tiny.checkpoint, "expected a new folder or a classifier's repository", "--repository")
+
+
+def test_an_export_under_another_name_takes_the_older_ensemble_away(tmp_path, tiny):
+    for name in ("first", "second"):
+        assert export(tmp_path / "r", tiny.checkpoint, "--name", name).returncode == 0
+    assert (tmp_path / "r/second/config.pbtxt").is_file() and not (tmp_path / "r/first").exists()
+
+
 def test_a_tokenizer_may_lie_elsewhere(tmp_path, tiny):
     shutil.copytree(tiny.checkpoint, tmp_path / "model")
     (tmp_path / "words").mkdir()
@@ -256,6 +291,12 @@ def test_a_missing_client_library_says_what_to_install(monkeypatch, tmp_path, so
 def test_a_model_that_a_registry_has_not_is_named(monkeypatch, tmp_path, tiny):
     stand_in(monkeypatch, tmp_path, "wandb", tiny.checkpoint)
     refuse(tmp_path, "wandb:team/other/reviews:v9", "wandb:entity/project/name:version")
+
+
+def test_one_file_of_a_registry_is_no_checkpoint(monkeypatch, tmp_path, tiny):
+    # beside it lies what another model left in the cache
+    stand_in(monkeypatch, tmp_path, "clearml", tiny.checkpoint / "model.safetensors")
+    refuse(tmp_path, "clearml:abc123", "expected an uploaded folder, found one file, model.safetensors")
 
 
 def test_a_revision_of_a_registry_stands_in_its_reference(tmp_path):

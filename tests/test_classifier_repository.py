@@ -14,6 +14,7 @@ import onnx
 import pytest
 from conftest import ROOT, run, run_here
 
+import classifier_configs as configs
 import classifier_repository
 import classifier_tokens
 import common
@@ -42,10 +43,16 @@ def check(folder):
 def test_every_config_is_what_the_script_writes_and_fits_its_graph(reviews):
     card = classifier_repository.read_card(reviews.repository)
     assert classifier_repository.present(reviews.repository) == list(common.EMBEDDERS)
-    for path in reviews.repository.glob("*/config.pbtxt"):
-        config = repository.read_config(path)
-        assert config.name == path.parent.name and config.max_batch_size == 8
-        assert path.read_text() == repository.config_text(config, classifier_repository.OUR_COMMENTS)
+    served = classifier_tokens.load_served_tokenizer(reviews.repository / "tokenizer/tokenizer.json")
+    feeds = classifier_tokens.encode(served, [classifier_repository.WARMUP_TEXT], card["inputs"])
+    length = feeds["INPUT_IDS"].shape[1]
+    expected = [configs.tokenizer_config(card, 8), configs.postprocess_config(card, 8)]
+    expected += [configs.ensemble_config("reviews", "ONNX", card, 8)]
+    expected += [configs.model_config(suffix, card, 8, "onnx", length) for suffix in common.EMBEDDERS]
+    assert {c.name for c in expected} == {path.parent.name for path in reviews.repository.glob("*/config.pbtxt")}
+    for config in expected:
+        text = (reviews.repository / config.name / "config.pbtxt").read_text()
+        assert text == repository.config_text(config, configs.OUR_COMMENTS)
     for model in common.EMBEDDERS.values():
         graph = onnx.load(reviews.repository / model / "1/model.onnx")
         names = {v.name for v in (*graph.graph.input, *graph.graph.output)}
@@ -95,6 +102,20 @@ def test_what_cannot_be_written_is_named(tiny, tmp_path, options, words):
     done = write(tiny.repository, *(tmp_path / o if o in ("files", "out") else o for o in options))
     assert done.returncode == 1 and all(word in done.stderr for word in words), done.stderr
     assert (tmp_path / "files/mine.txt").is_file() and not (tmp_path / "out").exists()
+
+
+def test_only_a_repository_of_a_service_is_replaced(tiny, tmp_path):
+    for content in ('{"task": "embedding", "service": {}}', '{"task": "classification"}', "[]"):
+        (tmp_path / "assets").mkdir(exist_ok=True)
+        (tmp_path / "assets/model.json").write_text(content)
+        done = write(tiny.repository, "--output", tmp_path / "assets")
+        assert done.returncode == 1 and "found other files" in done.stderr
+        assert (tmp_path / "assets/model.json").read_text() == content
+    (tmp_path / "link").symlink_to(tiny.repository)
+    done = write(tiny.repository, "--output", tmp_path / "link")
+    assert done.returncode == 1 and "expected another folder than --repository" in done.stderr
+    for _ in range(2):
+        assert write(tiny.repository, "--output", tmp_path / "out").returncode == 0
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "postprocess", "model_ONNX", "tiny"])
@@ -222,7 +243,8 @@ def test_every_precision_is_served_as_its_graph_is(service):
 # --- plans ---------------------------------------------------------------------------
 
 
-def test_plans_are_built_for_every_length_and_then_served_from(reviews, tmp_path):
+def test_plans_are_built_for_every_length_and_then_served_from(reviews, tmp_path, monkeypatch):
+    monkeypatch.setattr(classifier_repository, "gpu_record", lambda: None)  # the stand-in names one of its own
     folder = copy(reviews.repository, tmp_path / "reviews")
     standin = {"TRTEXEC": str(ROOT / "tests/trtexec_standin.py"), "STANDIN_VERSION": "101601"}
     environment = os.environ | standin | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -238,7 +260,20 @@ def test_plans_are_built_for_every_length_and_then_served_from(reviews, tmp_path
     assert check(folder).returncode == 0
     done = write(folder, "--precision", "INT8", "--engine", "plan", "--output", tmp_path / "out")
     assert done.returncode == 0 and (tmp_path / "out/model_TRT_INT8/1/model.plan").is_file(), done.stderr
-    manifest = tmp_path / "out/model_TRT_INT8/1/manifest.json"
-    common.write_json(manifest, json.loads(manifest.read_text()) | {"tensorrt_version": "11.0.0"})
-    done = run_here(repository, "--repository", tmp_path / "out", "--engine", "plan")
-    assert done.returncode == 1 and "expected TensorRT 10.16.1, found one for 11.0.0" in done.stderr
+    for place in (folder, tmp_path / "out"):
+        path = place / "model_TRT_INT8/1/manifest.json"
+        manifest = json.loads(path.read_text())
+        for key, value, words in (
+            ("tensorrt_version", "11.0.0", "expected TensorRT 10.16.1, found one for 11.0.0"),
+            ("graph_sha256", "0" * 64, "expected the graph"),
+            ("reference_sha256", "0" * 64, "expected the export"),
+        ):
+            common.write_json(path, manifest | {key: value})
+            done = run_here(repository, "--repository", place, "--engine", "plan")
+            assert done.returncode == 1 and words in done.stderr, done.stderr
+    options = ("--precision", "INT8", "--engine", "plan", "--output", tmp_path / "other")
+    done = write(folder, *options)
+    assert done.returncode == 1 and "expected the export" in done.stderr and not (tmp_path / "other").exists()
+    (folder / "model_TRT_INT8/1/manifest.json").unlink()
+    done = write(folder, *options)
+    assert done.returncode == 1 and "manifest.json: expected a TensorRT plan and its manifest" in done.stderr

@@ -20,6 +20,8 @@ def place(tmp_path):
     for path in (*ROOT.glob("*.py"), *ROOT.glob("*.sh"), ROOT / "Dockerfile", ROOT / ".dockerignore"):
         shutil.copy(path, tmp_path)
     shutil.copytree(ROOT / "model_repository/tokenizer/1", tmp_path / "model_repository/tokenizer/1")
+    (tmp_path / "assets").mkdir()
+    shutil.copy(ROOT / "assets/texts.txt", tmp_path / "assets")
     (tmp_path / ".venv").symlink_to(ROOT / ".venv")
     return tmp_path
 
@@ -31,14 +33,15 @@ def make(place, *options, docker=None):
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=dict(os.environ, PATH=path))
 
 
-def docker_stand_in(folder, status=0):
-    """A docker that notes what it is asked, and writes the image's id as the real one does."""
-    folder.mkdir()
+def docker_stand_in(folder, fail="nothing"):
+    """A docker that notes what it is asked, gives each image an id, and fails at commands that begin with `fail`."""
+    folder.mkdir(exist_ok=True)
     lines = [
         "#!/usr/bin/env bash",
         f'echo "$@" >> {folder}/calls',
-        f'[ "$1" != info ] || exit {status}',
-        'while [ $# -gt 0 ]; do [ "$1" != --iidfile ] || echo sha256:abc > "$2"; shift; done',
+        f'[[ "$*" != "{fail}"* ]] || {{ echo "planted: no" >&2; exit 1; }}',
+        # without a line end, as the real one
+        f'while [ $# -gt 0 ]; do [ "$1" != --iidfile ] || printf "sha256:%s" "$(grep -c ^build {folder}/calls)" > "$2"; shift; done',
     ]
     (folder / "docker").write_text("\n".join(lines) + "\n")
     (folder / "docker").chmod(0o755)
@@ -83,10 +86,29 @@ def test_image_is_built_without_network_and_clean_removes_what_was_made(place, t
     assert done.returncode == 0 and "made: tiny:onnx" in done.stdout, done.stderr
     calls = (docker / "calls").read_text()
     assert "build --network none --tag tiny:onnx" in calls
+    assert make(place, tiny.repository, "--tag", "tiny:2", docker=docker).returncode == 0
     assert "removed: build/image/tiny" in make(place, "clean", docker=docker).stdout
-    assert "image rm sha256:abc" in (docker / "calls").read_text()
+    calls = (docker / "calls").read_text()
+    assert "image rm sha256:1" in calls and "image rm sha256:2" in calls  # the earlier one too
     assert not (place / "build/image/tiny").exists()
     assert (place / "build/image/foreign").is_dir() and (place / "build/mine.txt").is_file()
+
+
+def test_clean_keeps_its_record_until_the_images_are_gone(place, tiny, tmp_path):
+    assert make(place, tiny.repository, docker=docker_stand_in(tmp_path / "docker")).returncode == 0
+    for fail, words in (("info", "expected a running Docker, found: planted"), ("image rm", "sha256:1: expected an")):
+        done = make(place, "clean", docker=docker_stand_in(tmp_path / "docker", fail))
+        assert done.returncode == 1 and words in done.stderr and "planted: no" in done.stderr
+        assert (place / "build/image/tiny/images").read_text() == "sha256:1\n"
+
+
+def test_an_export_for_an_image_leaves_the_repository_of_that_name_alone(place, tiny):
+    shutil.copytree(tiny.repository, place / "build/tiny")
+    before = (place / "build/tiny/model.json").read_bytes()
+    done = make(place, tiny.checkpoint, "--name", "tiny", "--no-build")
+    assert done.returncode == 0, done.stderr
+    assert (place / "build/tiny/model.json").read_bytes() == before
+    assert (place / "build/image/tiny/model_repository/tiny/config.pbtxt").is_file()
 
 
 def test_a_folder_that_is_not_ours_is_left_alone(place, tiny):
@@ -98,8 +120,9 @@ def test_a_folder_that_is_not_ours_is_left_alone(place, tiny):
 
 
 def test_without_docker_nothing_is_exported_first(place, tiny, tmp_path):
-    done = make(place, tiny.repository, docker=docker_stand_in(tmp_path / "docker", status=1))
-    assert done.returncode == 1 and "expected a running Docker" in done.stderr and "--dry-run" in done.stderr
+    done = make(place, tiny.repository, docker=docker_stand_in(tmp_path / "docker", fail="info"))
+    assert done.returncode == 1 and "--dry-run" in done.stderr
+    assert "expected a running Docker, found: planted: no" in done.stderr
     assert not (place / "build").exists()
 
 

@@ -186,6 +186,17 @@ def test_verdicts_are_shown_with_their_conclusion_and_not_among_the_embedders(ve
     assert report(verdicts_place, "--check").returncode == 0
 
 
+def test_where_a_classifier_comes_from_is_said_where_it_is_known(verdicts_place):
+    assert report(verdicts_place).returncode == 0
+    assert "Trained on" not in (verdicts_place / "report.md").read_text()
+    record = {"data": "data.tsv", "texts": 90, "accuracy": 0.875, "eval_texts": 40, "seconds": 61.2}
+    (verdicts_place / "results/tiny-checkpoint/training.json").write_text(json.dumps(record))
+    assert report(verdicts_place, "--check").returncode == 1
+    assert report(verdicts_place).returncode == 0
+    found = "Trained on data.tsv: 90 texts, dev accuracy 0.8750 on 40 texts, 61 s."
+    assert found in (verdicts_place / "report.md").read_text()
+
+
 def test_a_changed_study_makes_text_and_picture_stale(verdicts_place):
     assert report(verdicts_place).returncode == 0
     path = verdicts_place / "results/tiny-checkpoint/verdicts.json"

@@ -28,6 +28,7 @@ def test_the_checkpoint_is_a_normal_one_that_beats_guessing(trained):
     record = json.loads((trained.folder / "training.json").read_text())
     assert record["accuracy"] == pytest.approx(accuracy)
     assert accuracy >= 0.75
+    assert json.loads((trained.results / "reviews-checkpoint/training.json").read_text()) == record
 
 
 def test_the_projects_labelled_texts_are_balanced_and_not_doubled():
@@ -40,7 +41,8 @@ def test_the_projects_labelled_texts_are_balanced_and_not_doubled():
 def test_sst2_dev_accuracy_is_at_least_080_within_15_minutes(tmp_path):
     columns = ("--text-column", 1, "--label-column", 2, "--label-names", "negative", "positive")
     files = ("--data", SST2 / "sst2_train.tsv", "--eval", SST2 / "sst2_dev.tsv")
-    succeed("train_classifier.py", *files, *columns, "--epochs", 2, "--output", tmp_path / "sst2", timeout_s=900)
+    places = ("--output", tmp_path / "sst2", "--results", tmp_path / "results")
+    succeed("train_classifier.py", *files, *columns, "--epochs", 2, *places, timeout_s=900)
     assert json.loads((tmp_path / "sst2/training.json").read_text())["accuracy"] >= 0.80
 
 
@@ -67,7 +69,7 @@ GOOD = "text\tlabel\ngood\tyes\nbad\tno\n"
     ],
 )
 def test_bad_data_gets_one_clear_line(tmp_path, content, options, words):
-    files = ("--data", write(tmp_path, content), "--output", tmp_path / "out")
+    files = ("--data", write(tmp_path, content), "--output", tmp_path / "out", "--results", tmp_path)
     done = run_here(train_classifier, *files, *options)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
@@ -89,9 +91,19 @@ def test_a_quotation_mark_in_a_tsv_is_text(tmp_path):
 
 
 def test_labels_are_names_or_numbers_of_the_model():
-    assert labelled.class_indices("f", ["good", "bad", "1", "0"], ["bad", "good"]) == [1, 0, 1, 0]
-    with pytest.raises(SystemExit, match="expected labels bad, good or 0 to 1, found awful"):
-        labelled.class_indices("f", ["awful"], ["bad", "good"])
+    assert labelled.class_indices("f", ["good", "bad"], ["bad", "good"]) == [1, 0]
+    assert labelled.class_indices("f", ["1", "0"], ["bad", "good"]) == [1, 0]
+    # names that are numbers too
+    assert labelled.class_indices("f", ["1", "2"], ["1", "2", "3"]) == [0, 1]
+    assert labelled.class_indices("f", ["0", "1", "2"], ["1", "2", "3"]) == [0, 1, 2]
+    for labels, found in ((["awful"], "awful"), (["good", "0"], "names and numbers mixed")):
+        with pytest.raises(SystemExit, match=f"expected labels bad, good or 0 to 1, found {found}"):
+            labelled.class_indices("f", labels, ["bad", "good"])
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
+    path = write(tmp_path, "\ufefftext\tlabel\ngood\tyes\n")
+    assert labelled.read_labelled(path, "text", "label") == (["good"], ["yes"])
 
 
 def test_a_folder_with_other_things_is_not_replaced(tmp_path):

@@ -2,12 +2,14 @@
 
 import csv
 import json
+import shutil
 import tarfile
 
 import numpy as np
 import pytest
 from conftest import run_here, save_classifier, start_server, succeed, tiny_config
 
+import classifier_repository
 import common
 import labelled
 import torch2onnx
@@ -49,13 +51,15 @@ def test_closest_threshold_undoes_a_shift():
     assert found["threshold"] == pytest.approx(0.5, abs=0.06)
 
 
-def test_closest_threshold_is_the_best_by_trying_all():
+@pytest.mark.parametrize("near", [-9, 0.3, 9])  # torch takes all, some, none
+def test_closest_threshold_is_the_best_by_trying_all(near):
     generator = np.random.default_rng(2)
     reference = generator.normal(size=200)
-    scores, verdicts_ = reference + generator.normal(0, 0.5, 200), (reference >= 0.3).astype(int)
+    scores, verdicts_ = reference + generator.normal(0, 0.5, 200), (reference >= near).astype(int)
     best = statistics.closest_threshold(scores, verdicts_, 0.3)
     flips = ((scores >= best) != verdicts_).sum()
-    assert flips == min(((scores >= t) != verdicts_).sum() for t in statistics.cut_points(scores))
+    tried = np.linspace(scores.min() - 2, scores.max() + 2, 5001)
+    assert flips <= min(((scores >= t) != verdicts_).sum() for t in tried)
 
 
 def test_exact_interval_has_a_width_where_all_agree():
@@ -151,6 +155,11 @@ def test_study_through_the_server_shows_every_model_and_a_conclusion(studied, se
             assert row["agreement"]["low"] <= row["agreement"]["value"] and row["latency_p50_ms"] > 0
     assert record["conclusion"]["winner"] in record["models"]
     assert "conclusion: " in studied.stdout and "McNemar" in studied.stdout
+    row = record["models"]["TRT_INT8"]
+    assert f"confusion TRT_INT8: torch positive: {row['confusion'][1][0]} not positive, " in studied.stdout
+    assert f"{row['deviation']['min']:10.4f}" in studied.stdout
+    if row["closest_threshold"]:
+        assert f"{row['closest_threshold']['threshold']:10.4f}" in studied.stdout
 
 
 def test_verdicts_can_be_counted_again_from_the_logits(studied, service):
@@ -260,6 +269,26 @@ def test_a_server_with_another_model_is_named(service, tiny, tmp_path):
     assert done.returncode == 1 and "expected the model of the repository, found another" in done.stderr
 
 
+def test_a_graph_that_was_replaced_after_the_server_started_is_named(service, tmp_path):
+    graph = service.repository / "model_TRT_INT8/1/model.onnx"
+    graph.rename(tmp_path / "served.onnx")
+    try:
+        # the nearest to it: the same Q/DQ with FP16 around them
+        shutil.copy(service.repository / "model_TRT_BEST/1/model.onnx", graph)
+        done = study(service, "--url", service.http, results=tmp_path)
+    finally:
+        shutil.move(tmp_path / "served.onnx", graph)
+    assert done.returncode == 1 and f"expected the graph {graph}, found another in the server" in done.stderr
+    assert "then start it again" in done.stderr and not (tmp_path / "reviews-checkpoint").exists()
+
+
+def test_a_package_has_nothing_to_be_compared_with(reviews, tmp_path):
+    options = ("--repository", reviews.repository, "--precision", "FP16", "--output", tmp_path / "package")
+    assert run_here(classifier_repository, *options).returncode == 0
+    done = run_here(verdicts, "--model", reviews.checkpoint, "--repository", tmp_path / "package")
+    assert done.returncode == 1 and "expected the graph that the others are compared with" in done.stderr
+
+
 def test_a_url_without_a_server_is_one_line(reviews, tmp_path):
     for url, words in (("127.0.0.1:9", "expected a Triton server"), ("http://127.0.0.1:9", "expected HOST:PORT")):
         done = study(reviews, "--url", url, results=tmp_path)
@@ -306,6 +335,15 @@ def test_the_package_serves_elsewhere_as_it_did_here(packed, service):
     finally:
         succeed("serve.sh", "stop", "--http-port", http)
     assert answer["LABEL"] == expected["LABEL"] == "positive"
+
+
+def test_a_plan_that_was_built_after_the_study_is_not_packed(studied, service, tmp_path):
+    record = record_of(service.results)
+    assert record["plan_sha256"] == {}  # nothing here is executed by TensorRT
+    record["plan_sha256"][record["conclusion"]["winner"]] = "0" * 64
+    common.write_json(tmp_path / "reviews-checkpoint/verdicts.json", record)
+    done = run_here(verdicts, "package", "--repository", service.repository, "--results", tmp_path)
+    assert done.returncode == 1 and "found one of another plan" in done.stderr
 
 
 def test_a_study_of_other_graphs_is_not_packed(studied, service, tmp_path):
