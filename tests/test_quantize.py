@@ -93,16 +93,12 @@ def test_the_search_stays_within_its_time_and_memory(exported):
     assert record["seconds"] < 600 and record["peak_memory_mib"] < 8 * 1024
 
 
-def test_the_same_seed_and_texts_give_the_same_graph_even_in_no_time(exported, tmp_path):
-    digests = []
-    for name in "ab":
-        (tmp_path / name).mkdir()
-        folder = copy_repository(exported, tmp_path / name)
-        (folder / GRAPHS["INT8"]).unlink()
-        options = ("--max-minutes", 0, "--target-cosine", 0.9, "--max-selection-texts", 8, "--results", tmp_path)
-        succeed("quantize.py", "--only", "INT8", "--repository", folder, "--assets", exported.assets, *options)
-        digests.append(common.sha256(folder / GRAPHS["INT8"]))
-    assert digests[0] == digests[1]
+def test_in_no_time_all_in_int8_are_measured_and_taken_where_they_meet_the_target(exported, tmp_path):
+    folder = copy_repository(exported, tmp_path)
+    (folder / GRAPHS["INT8"]).unlink()
+    options = ("--max-minutes", 0, "--target-cosine", 0.9, "--max-selection-texts", 8, "--results", tmp_path)
+    succeed("quantize.py", "--only", "INT8", "--repository", folder, "--assets", exported.assets, *options)
+    assert (folder / GRAPHS["INT8"]).is_file()
     record = common.read_json(tmp_path / "all-MiniLM-L6-v2/sensitivity.json", "")
     assert record["time_was_over"] and len(record["curve"]) == 1 and record["int8_flops_share"] > 0.99
 
