@@ -104,12 +104,12 @@ def sha256(path):
     return digest.hexdigest()
 
 
-def read_texts(path):
-    """Texts of a UTF-8 file, one a line; empty lines are skipped. Exits if none is left."""
+def read_texts(path, option="--texts"):
+    """Texts of a UTF-8 file, one a line; empty lines are skipped. Exits if none is left; `option` names the file."""
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except OSError as error:
-        raise SystemExit(f"{path}: expected a text file, found {error.strerror}; name one with --texts") from None
+        raise SystemExit(f"{path}: expected a text file, found {error.strerror}; name one with {option}") from None
     except UnicodeDecodeError as error:
         raise SystemExit(f"{path}: expected UTF-8, found {error}; convert the file") from None
     texts = [line for line in lines if line.strip()]

@@ -1,4 +1,4 @@
-"""Graph surgery for INT8: which MatMuls have weights, smoothing, Q/DQ, and the check of the result.
+"""Graph surgery for INT8: which MatMuls have weights, smoothing, Q/DQ.
 
 A *recipe* says how the MatMuls that read one tensor are computed in INT8: {"offsets",
 "factors": float32 [in], "scale": step of the activations, "weights": {node name: (int8

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from common import ATTENTION_MASK, INPUT_IDS, MAX_BATCH_SIZE, deviations, open_session
 from int8_graph import GraphIndex, bias_add, flops_share, insert_int8, matmul_groups, matmul_weights, weight_matmuls
 
+INT8_PRECISIONS = ("INT8", "BEST")  # the graphs that one search makes
 INT8_MAX = 127  # symmetric: -128 is not used
 ALPHAS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # 0: no factors; 1: activations of equal range, weights take it all
 CLIPS = (1.0, 1.1, 0.95, 0.9, 0.85, 0.8, 0.7)  # range over the largest calibrated value
@@ -259,8 +260,9 @@ def curve_sets(order, shapes, min_share):
 class Search:
     """The measurements of one search: they share reference, texts and deadline."""
 
-    def __init__(self, reference, recipes, selection, deadline):
+    def __init__(self, reference, recipes, selection, deadline, convert):
         self.reference, self.recipes, self.selection, self.deadline = reference, recipes, selection, deadline
+        self.convert = convert
         self.shapes = weight_matmuls(reference)
         self.expected = run_graph(reference, selection)
 
@@ -271,6 +273,11 @@ class Search:
         """Share of the FLOPs in INT8, and the quality with these MatMuls in INT8."""
         graph = insert_int8(self.reference, self.recipes, set(names))
         return {"int8_flops_share": flops_share(names, self.shapes)} | measure(graph, self.expected, self.selection)
+
+    def graphs(self, names):
+        """Quality of the graphs that would be written with these MatMuls in INT8."""
+        graphs = ((p, self.convert(p, set(names))) for p in INT8_PRECISIONS)
+        return {p: measure(graph, self.expected, self.selection) for p, graph in graphs}
 
     def sensitivity(self, names):
         """Every MatMul's own effect: one row each; null where the time was over."""
@@ -292,43 +299,61 @@ class Search:
         return found
 
 
-def choose(curve, target, min_share):
-    """The point with the largest share that meets the target, None if there is none."""
-    good = [(names, p) for names, p in curve if meets(p, target) and p["int8_flops_share"] >= min_share]
-    return max(good, key=lambda found: found[1]["int8_flops_share"], default=None)
+def choose(curve, target, min_share, measure_graphs):
+    """The largest share that meets the target in every graph that would be written.
+
+    A point of the curve is INT8 with the rest in FP32, and BEST of the same MatMuls may miss
+    what it meets. measure_graphs: names -> {precision: quality}. Returns (names or None,
+    [{"int8_flops_share", precision: quality}] of what was tried, the chosen one last).
+    """
+    good = [(names, p["int8_flops_share"]) for names, p in curve if meets(p, target)]
+    tried = []
+    for names, share in sorted(good, key=lambda point: -point[1]):
+        if share >= min_share:
+            found = measure_graphs(names)
+            tried.append({"int8_flops_share": share} | found)
+            if all(meets(row, target) for row in found.values()):
+                return names, tried
+    return None, tried
 
 
-def search_int8(reference, recipes, selection, target, min_share, deadline, quick=False):
+def search_int8(reference, recipes, selection, target, min_share, deadline, convert, quick=False):
     """Steps 2 and 3: which MatMuls are in INT8, and what was measured on the way.
 
-    quick: stop where all in INT8 meet the target; the rows are then not measured.
-    Returns (names in INT8 or None, {"matmuls": rows, "curve": points, "time_was_over"}).
+    convert: (precision, names) -> the graph that would be written. quick: stop where all in
+    INT8 meet the target; the rows are then not measured. Returns (names in INT8 or None,
+    {"int8_flops_share", "reached", "tried", "matmuls": rows, "curve": points, "time_was_over"}).
     """
     names = candidate_matmuls(reference, recipes)
-    search = Search(reference, recipes, selection, deadline)
+    search = Search(reference, recipes, selection, deadline, convert)
     everything = search.point(names)  # first of all: it may be the answer, and is one if time runs out
-    decided = quick and meets(everything, target)
+    chosen, tried = choose([(names, everything)], target, min_share, search.graphs) if quick else (None, [])
+    decided = chosen is not None
     if decided:  # what is left would be for the report alone
         search.deadline = time.monotonic()
     rows = search.sensitivity(names)
     curve = search.curve(most_harmful_first(rows), min_share, everything)
-    found = choose(curve, target, min_share)
-    chosen = set(found[0]) if found else set()
+    time_was_over = search.out_of_time() and not decided
+    if not decided:
+        chosen, tried = choose(curve, target, min_share, search.graphs)
     settings = {name: recipe["settings"] for recipe in recipes.values() for name in recipe["weights"]}
     for row in rows:
-        row |= {"int8": row["matmul"] in chosen, "why": reason(row, chosen, found)} | settings[row["matmul"]]
+        row |= {"int8": row["matmul"] in (chosen or ()), "why": reason(row, chosen)} | settings[row["matmul"]]
     for name in sorted(search.shapes.keys() - set(names)):
         rows.append(left_out(name, search.shapes))
-    return (chosen if found else None), {
+    return (set(chosen) if chosen else None), {
+        "int8_flops_share": tried[-1]["int8_flops_share"] if chosen else None,
+        "reached": {p: tried[-1][p] for p in INT8_PRECISIONS} if chosen else None,
+        "tried": tried,
         "matmuls": rows,
         "curve": [point for _, point in curve],
-        "time_was_over": search.out_of_time() and not decided,
+        "time_was_over": time_was_over,
     }
 
 
-def reason(row, chosen, found):
-    """Why a MatMul is in INT8 or not, in words for the report."""
-    if not found:
+def reason(row, chosen):
+    """Why a MatMul is in INT8 or not, in words for the report; chosen: names, None where nothing met the target."""
+    if not chosen:
         return "no graph met the target"
     if row["matmul"] in chosen:
         return "the target is met with it"

@@ -30,7 +30,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import tokenizers
-from onnx import numpy_helper
 
 from classifier_repository import is_classifier, refresh
 from classifier_tokens import encode
@@ -55,8 +54,9 @@ from common import (
     spread,
     write_json,
 )
+from int8_check import check_quantization
 from int8_graph import drop_unused, flops_share, insert_int8, weight_matmuls
-from int8_search import candidate_matmuls, find_recipes, measure, meets, naive_recipes, run_graph, search_int8
+from int8_search import INT8_PRECISIONS, candidate_matmuls, find_recipes, naive_recipes, search_int8
 from repository import describe, graph_tensors, read_graph
 
 MIN_TEXTS = 16  # four select, twelve calibrate
@@ -86,13 +86,34 @@ def load_tokenizer(assets):
         raise SystemExit(f"{path}: expected a tokenizer, found: {error}; run torch2onnx.py") from None
 
 
+def without_leaks(texts):
+    """(texts once each and none that measures quality, {"duplicates", "quality_texts"} left out)."""
+
+    def key(text):  # spaces and case make no other tokens
+        return " ".join(text.split()).casefold()
+
+    quality = {key(text) for text in split_texts(read_texts(TEXTS))[1]}
+    once = {}
+    for text in texts:
+        once.setdefault(key(text), text)
+    kept = [text for name, text in once.items() if name not in quality]
+    return kept, {"duplicates": len(texts) - len(once), "quality_texts": len(once) - len(kept)}
+
+
 def load_texts(args, inputs):
     """({name of the part: encoded texts}, facts for the record); exits if there is too little text."""
     file = args.calibration_texts or TEXTS
-    texts = read_texts(file) if args.calibration_texts else split_texts(read_texts(file))[0]
+    texts = read_texts(file, "--calibration-texts")
+    texts, left_out = without_leaks(texts if args.calibration_texts else split_texts(texts)[0])
+    if left_out["quality_texts"]:
+        print(
+            f"WARNING: {left_out['quality_texts']} calibration texts measure quality too; they are left out",
+            file=sys.stderr,
+        )
     if len(texts) < MIN_TEXTS:
         raise SystemExit(
-            f"--calibration-texts: expected at least {MIN_TEXTS} texts, found {len(texts)} in {file}; give more text"
+            f"--calibration-texts: expected at least {MIN_TEXTS} different texts that do not measure quality, "
+            f"found {len(texts)} in {file}; give more text"
         )
     tokenizer = load_tokenizer(args.assets)
     cut = sum(bool(e.overflowing) for e in tokenizer.encode_batch(texts))
@@ -110,103 +131,80 @@ def load_texts(args, inputs):
             f"--calibration-texts: expected at least {MIN_CALIBRATION_TOKENS} tokens, found {tokens}; give more text"
         )
     digest = hashlib.sha256(parts["calibration"][INPUT_IDS].tobytes() + parts["selection"][INPUT_IDS].tobytes())
-    facts = {"file": file.name, "sha256": digest.hexdigest(), "cut_at_length": cut, "calibration_tokens": tokens}
+    facts = {"file": file.name, "sha256": digest.hexdigest(), "left_out": left_out, "cut_at_length": cut}
+    facts["calibration_tokens"] = tokens
     return parts, facts | {part: len(encoded[INPUT_IDS]) for part, encoded in parts.items()}
-
-
-# --- the check of Q/DQ ---------------------------------------------------------------
-
-
-def quantized_matmuls(graph):
-    """Names of MatMul and Gemm nodes whose both operands come from DequantizeLinear."""
-    producer = {output: node for node in graph.graph.node for output in node.output}
-
-    def dequantized(name):
-        node = producer.get(name)
-        while node is not None and node.op_type in ("Transpose", "Cast"):
-            node = producer.get(node.input[0])
-        return node is not None and node.op_type == "DequantizeLinear"
-
-    nodes = (n for n in graph.graph.node if n.op_type in ("MatMul", "Gemm"))
-    return {n.name for n in nodes if dequantized(n.input[0]) and dequantized(n.input[1])}
-
-
-def check_quantization(path, graph, asked):
-    """Exit unless Q/DQ is what TensorRT takes: signed, symmetric, and on the MatMuls asked for."""
-    constants = {i.name: i for i in graph.graph.initializer}
-    for node in graph.graph.node:
-        if node.op_type == "Constant" and node.attribute[0].name == "value":
-            constants[node.output[0]] = node.attribute[0].t
-    for node in graph.graph.node:
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and len(node.input) > 2:
-            zero = constants.get(node.input[2])
-            if zero is None or zero.data_type != onnx.TensorProto.INT8 or numpy_helper.to_array(zero).any():
-                raise SystemExit(
-                    f"{path}: expected signed INT8 with zero point 0 at {node.name}, found another; TensorRT refuses it"
-                )
-    found = quantized_matmuls(graph)
-    if found != set(asked):
-        other = sorted(found ^ set(asked))[0]
-        raise SystemExit(
-            f"{path}: expected INT8 on the MatMuls asked for, found another choice at {other}; report it with the model's name"
-        )
 
 
 # --- the search ----------------------------------------------------------------------
 
 
 def find_int8(args, reference, parts, facts):
-    """(recipes, names of the MatMuls in INT8); writes sensitivity.json; exits if the target is missed."""
+    """(recipes, names of the MatMuls in INT8, path and content of sensitivity.json); exits if the target is missed."""
     started = time.monotonic()
     card = read_json(args.assets / "model.json", "run torch2onnx.py")
     target = dict(LOGITS_GATE if args.classifier else GATES["INT8"])
-    if args.target_cosine is not None:
-        target["mean_cosine"] = args.target_cosine
+    for key, value in (("mean_cosine", args.target_cosine), ("relative_l2_error", args.target_l2)):
+        if value is not None:
+            target[key] = value
     recipes = find_recipes(reference, parts["calibration"], parts["held_out"], args.seed)
     deadline = started + 60 * args.max_minutes
+
+    def convert_chosen(precision, names):
+        return convert(precision, reference, recipes, names)
+
     chosen, found = search_int8(
-        reference, recipes, parts["selection"], target, args.min_int8_share, deadline, args.quick
+        reference, recipes, parts["selection"], target, args.min_int8_share, deadline, convert_chosen, args.quick
     )
-    shapes = weight_matmuls(reference)
     record = {
         "model": card,
         "environment": environment_record(),
         "texts": facts,
         "seed": args.seed,
         "target": target | {"int8_flops_share": args.min_int8_share},
-        "reached": None,
-        "int8_flops_share": flops_share(chosen, shapes) if chosen else None,
     }
-    if chosen:
-        expected = run_graph(reference, parts["selection"])
-        graphs = {p: convert(p, reference, recipes, chosen) for p in ("INT8", "BEST")}
-        record["reached"] = {p: measure(graph, expected, parts["selection"]) for p, graph in graphs.items()}
     record |= {"seconds": round(time.monotonic() - started, 1), "peak_memory_mib": peak_memory_mib()}
     path = args.results / card["slug"] / "sensitivity.json"
-    write_json(path, record | found)
-    print(path)
-    if not chosen or not all(meets(row, target) for row in record["reached"].values()):
-        raise SystemExit(missed_target(args, target, record["reached"], found))
-    return recipes, chosen
+    if not chosen:
+        write_json(path, record | found)
+        print(path)
+        raise SystemExit(missed_target(args, target, found))
+    return recipes, chosen, (path, record | found)
 
 
-def missed_target(args, target, reached, found):
-    """What was reached, in one line, where it is less than the target."""
-    rows = [p for p in found["curve"] if p["mean_cosine"] is not None]
-    large = [p for p in rows if p["int8_flops_share"] >= args.min_int8_share] or rows
-    best = max(large, key=lambda p: p["mean_cosine"], default=None)
-    said = "no finite EMBEDDING"
-    if best:
-        said = (
-            f"at best {best['mean_cosine']:.4f} and {best['relative_l2_error']:.3f} with {best['int8_flops_share']:.0%}"
-        )
-    if reached:
-        said = "; ".join(f"{p} {r['mean_cosine']} and {r['relative_l2_error']}" for p, r in reached.items())
+def closest(found, min_share):
+    """(share, {precision: quality}) of what came closest to a missed target."""
+    rows = [(t["int8_flops_share"], {p: t[p] for p in INT8_PRECISIONS}) for t in found["tried"]]
+    if not rows:  # no point of the curve was good enough to make BEST of it
+        rows = [(p["int8_flops_share"], {"INT8": p}) for p in found["curve"]]
+        rows = [row for row in rows if row[0] >= min_share] or rows
+
+    def worst_cosine(row):
+        return min(-1 if q["mean_cosine"] is None else q["mean_cosine"] for q in row[1].values())
+
+    return max(rows, key=worst_cosine)
+
+
+def missed_target(args, target, found):
+    """What was reached, in one line, where it is less than the target, and which option asks for less."""
+    share, qualities = closest(found, args.min_int8_share)
+    finite = [q for q in qualities.values() if q["mean_cosine"] is not None]
+    missed = {}
+    if len(finite) < len(qualities) or min(q["mean_cosine"] for q in finite) < target["mean_cosine"]:
+        missed["--target-cosine"] = "lower"
+    if len(finite) < len(qualities) or max(q["relative_l2_error"] for q in finite) > target["relative_l2_error"]:
+        missed["--target-l2"] = "raise"
+    said = "; ".join(
+        f"{p} " + (f"{q['mean_cosine']:.4f} and {q['relative_l2_error']:.3f}" if q in finite else "nothing finite")
+        for p, q in qualities.items()
+    )
+    remedies = [f"{verb} {option}" for option, verb in missed.items()] + ["lower --min-int8-share"]
     return (
-        f"--target-cosine: expected mean cosine {target['mean_cosine']:g} and relative L2 error {target['relative_l2_error']:g} "
-        f"with at least {args.min_int8_share:.0%} of the FLOPs in INT8, found {said}"
+        f"{', '.join(missed) or '--min-int8-share'}: expected mean cosine {target['mean_cosine']:g} and relative L2 error "
+        f"{target['relative_l2_error']:g} with at least {args.min_int8_share:.0%} of the FLOPs in INT8, "
+        f"found at best {said} with {share:.0%}"
         f"{' in ' + format(args.max_minutes, 'g') + ' minutes' if found['time_was_over'] else ''}; "
-        "INT8 and BEST are left as they were; lower the target or the share, or give more minutes or texts"
+        f"INT8 and BEST are left as they were; {' or '.join(remedies)}, or give more minutes or texts"
     )
 
 
@@ -243,16 +241,45 @@ def convert_fp16(reference, calibration):
         )
 
 
-def write_graph(graph, path, reference, properties):
-    """Check the typed graph, note where it comes from, and move it into place."""
-    if graph_tensors(graph) != graph_tensors(reference):
-        raise SystemExit(
-            f"{path}: expected the reference's tensors, {describe(graph_tensors(reference))}; found {describe(graph_tensors(graph))}"
-        )
-    onnx.helper.set_model_props(graph, properties)
-    with replace_when_done(path) as temporary:
-        onnx.save(graph, temporary)
-        onnx.checker.check_model(str(temporary), full_check=True)
+def convert_int8(reference, recipes, chosen, paths):
+    """(path, checked graph) of INT8 and BEST, as they are asked for: one graph at a time is in memory."""
+    for precision, path in paths.items():
+        graph = convert(precision, reference, recipes, chosen)
+        check_quantization(path, graph, chosen)
+        yield path, graph
+
+
+def recipe_digest(recipes, chosen):
+    """SHA-256 of what a search found: INT8 and BEST of the same search have the same."""
+    digest = hashlib.sha256()
+    for tensor, recipe in sorted(recipes.items()):
+        for name in sorted(chosen & recipe["weights"].keys()):
+            arrays = (recipe["offsets"], recipe["factors"], recipe["scale"], *recipe["weights"][name])
+            digest.update(f"{tensor} {name}".encode())
+            for array in (*arrays, recipe["mean_errors"][name]):
+                digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def write_graphs(graphs, reference, properties, record=None):
+    """Check typed graphs, note where they come from, and move them into place together, or none of them.
+
+    graphs: (path, graph); properties: {path: {name: text}}; record: (path, content) of a
+    JSON file that tells of them.
+    """
+    with contextlib.ExitStack() as stack:
+        for path, graph in graphs:
+            if graph_tensors(graph) != graph_tensors(reference):
+                raise SystemExit(
+                    f"{path}: expected the reference's tensors, {describe(graph_tensors(reference))}; "
+                    f"found {describe(graph_tensors(graph))}"
+                )
+            onnx.helper.set_model_props(graph, properties[path])
+            temporary = stack.enter_context(replace_when_done(path))
+            onnx.save(graph, temporary)
+            onnx.checker.check_model(str(temporary), full_check=True)
+        if record:
+            write_json(stack.enter_context(replace_when_done(record[0])), record[1])
 
 
 def link_reference(reference, path):
@@ -262,6 +289,33 @@ def link_reference(reference, path):
             os.link(reference, temporary)
         except OSError:
             shutil.copyfile(reference, temporary)
+
+
+def print_graph(precision, path, share=0.0):
+    """One line about a graph that was written."""
+    size = f"{path.stat().st_size / 1e6:7.1f} MB"
+    print(f"{precision:4} {size}, {share:4.0%} of the weight-MatMul FLOPs in INT8, {path}", flush=True)
+
+
+def write_int8(args, reference, parts, facts, paths, digests):
+    """INT8 and BEST, as many as `paths` has, of one search, or of --naive."""
+    record = None
+    if args.naive:
+        recipes = naive_recipes(reference, parts["calibration"], args.seed)
+        chosen = set(candidate_matmuls(reference, recipes))
+    else:
+        recipes, chosen, record = find_int8(args, reference, parts, facts)
+        digests = digests | {"recipe_sha256": recipe_digest(recipes, chosen)}
+    share = flops_share(sorted(chosen), weight_matmuls(reference))
+    properties = {
+        path: digests | {"precision": precision, "int8_flops_share": f"{share:.4f}"}
+        for precision, path in paths.items()
+    }
+    write_graphs(convert_int8(reference, recipes, chosen, paths), reference, properties, record)
+    if record:
+        print(record[0])
+    for precision, path in paths.items():
+        print_graph(precision, path, share)
 
 
 def parse_args():
@@ -276,6 +330,12 @@ def parse_args():
         type=float,
         help="least mean cosine of INT8 and BEST, on the texts that select "
         f"(default: {GATES['INT8']['mean_cosine']}; of a classifier's logits {LOGITS_GATE['mean_cosine']})",
+    )
+    parser.add_argument(
+        "--target-l2",
+        type=float,
+        help="most relative L2 error of INT8 and BEST, on the same texts "
+        f"(default: {GATES['INT8']['relative_l2_error']}; of logits {LOGITS_GATE['relative_l2_error']})",
     )
     parser.add_argument(
         "--min-int8-share", type=float, default=0.9, help="least share of the FLOPs in INT8 (default: %(default)s)"
@@ -302,6 +362,8 @@ def parse_args():
         value = getattr(args, name)
         if value is not None and not 0 < value <= 1:
             parser.error(f"--{name.replace('_', '-')}: expected above 0 and at most 1")
+    if args.target_l2 is not None and not 0 < args.target_l2 < float("inf"):
+        parser.error("--target-l2: expected above 0 and finite")
     if args.max_minutes < 0 or args.max_selection_texts < 1 or args.seed < 0:
         parser.error("--max-minutes and --seed: expected 0 or more; --max-selection-texts: at least 1")
     return args
@@ -312,36 +374,21 @@ def main():
     reference_path = args.repository / EMBEDDERS[REFERENCE] / "1" / "model.onnx"
     reference = read_graph(reference_path)
     parts, facts = load_texts(args, [i.name for i in reference.graph.input])
-    shapes = weight_matmuls(reference)
-    recipes, chosen = {}, set()
+    digests = {"calibration_sha256": facts["sha256"], "reference_sha256": sha256(reference_path)}
     print(f"calibration: {facts['calibration_tokens']} tokens of {facts['calibration']} texts", file=sys.stderr)
-    for precision in [args.only] if args.only else PRECISIONS:
-        path = args.repository / EMBEDDERS[f"TRT_{precision}"] / "1" / "model.onnx"
-        if precision == "FP32":
-            link_reference(reference_path, path)
-        elif precision == "FP16":
-            graph = convert_fp16(reference_path, parts["calibration"])
-        else:
-            if args.naive:
-                recipes = naive_recipes(reference, parts["calibration"], args.seed)
-                chosen = candidate_matmuls(reference, recipes)
-            elif not chosen:
-                recipes, chosen = find_int8(args, reference, parts, facts)
-            graph = convert(precision, reference, recipes, set(chosen))
-            check_quantization(path, graph, chosen)
-        share = flops_share(chosen, shapes) if precision in ("INT8", "BEST") else 0.0
-        if precision != "FP32":
-            properties = {
-                "calibration_sha256": facts["sha256"],
-                "reference_sha256": sha256(reference_path),
-                "precision": precision,
-                "int8_flops_share": f"{share:.4f}",
-            }
-            write_graph(graph, path, reference, properties)
-        print(
-            f"{precision:4} {path.stat().st_size / 1e6:7.1f} MB, {share:4.0%} of the weight-MatMul FLOPs in INT8, {path}",
-            flush=True,
-        )
+    paths = {p: args.repository / EMBEDDERS[f"TRT_{p}"] / "1" / "model.onnx" for p in PRECISIONS}
+    paths = {args.only: paths[args.only]} if args.only else paths
+    if "FP32" in paths:
+        link_reference(reference_path, paths["FP32"])
+        print_graph("FP32", paths["FP32"])
+    if "FP16" in paths:
+        path, graph = paths["FP16"], convert_fp16(reference_path, parts["calibration"])
+        properties = digests | {"precision": "FP16", "int8_flops_share": "0.0000"}
+        write_graphs([(path, graph)], reference, {path: properties})
+        print_graph("FP16", path)
+    paths = {p: path for p, path in paths.items() if p in INT8_PRECISIONS}
+    if paths:
+        write_int8(args, reference, parts, facts, paths, digests)
     if args.classifier:
         refresh(args.repository)
 

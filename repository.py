@@ -206,8 +206,31 @@ def describe(tensor_set):
     return ", ".join(f"{n} {pb.DataType.Name(t)} {list(d)}" for n, t, d in sorted(tensor_set))
 
 
+def graph_properties(graph):
+    """{name: text} that quantize.py noted in a graph; empty for the reference."""
+    return {p.key: p.value for p in graph.metadata_props}
+
+
+def check_made_from(graph, path, reference_path, reference_sha256):
+    """Exit unless the graph was made from the present reference, or is it."""
+    made_from = graph_properties(graph).get("reference_sha256") or sha256(path)
+    if made_from != reference_sha256:
+        raise SystemExit(
+            f"{path}: expected a graph made from {reference_path} ({reference_sha256[:12]}), "
+            f"found one made from {made_from[:12]}; run quantize.py"
+        )
+
+
+def check_one_search(repository, properties):
+    """Exit if INT8 and BEST say that they come from different searches; properties: {suffix: those of the graph}."""
+    digests = {p: properties[f"TRT_{p}"].get("recipe_sha256") for p in ("INT8", "BEST")}
+    if None not in digests.values() and len(set(digests.values())) > 1:
+        found = " and ".join(f"{p} {digest[:12]}" for p, digest in digests.items())
+        raise SystemExit(f"{repository}: expected INT8 and BEST of one search, found {found}; run quantize.py")
+
+
 def check_embedder(repository, suffix, reference_sha256, engine):
-    """One embedder: graph there, whole, of the present export, and like its config."""
+    """One embedder: graph there, whole, of the present export, and like its config. Returns the graph's properties."""
     folder = repository / EMBEDDERS[suffix]
     graph_path, config_path = folder / "1" / "model.onnx", folder / "config.pbtxt"
     config = read_config(config_path)
@@ -220,19 +243,15 @@ def check_embedder(repository, suffix, reference_sha256, engine):
             f"{config_path}: expected the tensors of {graph_path}, {describe(graph_tensors(graph))}; "
             f"found {describe(tensors(config))}; run torch2onnx.py, then quantize.py"
         )
-    properties = {p.key: p.value for p in graph.metadata_props}
+    properties = graph_properties(graph)
     expected = suffix.removeprefix("TRT_")
     if properties.get("precision", expected if expected in (REFERENCE, "FP32") else REFERENCE) != expected:
         raise SystemExit(f"{graph_path}: expected a graph in {expected}, found another; run quantize.py")
-    made_from = properties.get("reference_sha256") or sha256(graph_path)
-    if made_from != reference_sha256:
-        raise SystemExit(
-            f"{graph_path}: expected a graph made from {repository / EMBEDDERS[REFERENCE]}/1/model.onnx "
-            f"({reference_sha256[:12]}), found one made from {made_from[:12]}; run quantize.py"
-        )
+    check_made_from(graph, graph_path, repository / EMBEDDERS[REFERENCE] / "1" / "model.onnx", reference_sha256)
     if engine == "plan" and suffix != REFERENCE:
         # serve.sh starts the pinned image
         check_plan(repository, suffix.removeprefix("TRT_"), reference_sha256, gpu_record(), PINNED_TENSORRT)
+    return properties
 
 
 # --- plans ---------------------------------------------------------------------------
@@ -322,8 +341,8 @@ def check_repository(repository, assets, engine):
             f"{assets / 'model.json'}: expected the record of {reference} ({reference_sha256[:12]}), "
             f"found that of {card['reference_sha256'][:12]}; run torch2onnx.py"
         )
-    for suffix in EMBEDDERS:
-        check_embedder(repository, suffix, reference_sha256, engine)
+    properties = {suffix: check_embedder(repository, suffix, reference_sha256, engine) for suffix in EMBEDDERS}
+    check_one_search(repository, properties)
     length, num_outputs = (d.dim_value for d in graph_outputs[0].type.tensor_type.shape.dim[1:])
     for expected in (tokenizer_config(length), ensemble_config(length, num_outputs)):
         path = repository / expected.name / "config.pbtxt"

@@ -44,7 +44,7 @@ from common import (
     write_json,
 )
 from int8_graph import last_hidden_state
-from repository import read_graph
+from repository import check_made_from, read_graph
 
 MIN_PAIRS = 3  # fewer have no rank correlation
 
@@ -76,9 +76,10 @@ def read_pairs(path):
     return pairs
 
 
-def open_hidden_state(path, name):
-    """Session of a graph that returns the last hidden state as well; the file stays as it is."""
+def open_hidden_state(path, name, reference_path, reference_sha256):
+    """Session of a graph that returns the last hidden state as well; exits on a graph of another export."""
     model = read_graph(path)
+    check_made_from(model, path, reference_path, reference_sha256)
     if not any(name in node.output for node in model.graph.node):
         raise SystemExit(f"{path}: expected the tensor {name} of the reference, found none; run quantize.py")
     model.graph.output.append(onnx.ValueInfoProto(name=name))
@@ -111,12 +112,15 @@ def compare_states(expected, session, name, batches):
 
 
 def sentence_vectors(session, name, batches):
-    """Mean of the real tokens' hidden states, at norm 1: float32 [texts, hidden]."""
+    """Mean of the real tokens' hidden states, at norm 1: float32 [texts, hidden]. Raises ValueError on NaN or Inf."""
     vectors = []
     for found, batch in zip(hidden_states(session, name, batches), batches, strict=True):
         mask = batch[ATTENTION_MASK][:, :, None]
         # padding may hold anything, and 0 · NaN is NaN
         means = np.where(mask, found, 0).sum(axis=1) / mask.sum(axis=1)
+        broken = int((~np.isfinite(means)).any(axis=1).sum())
+        if broken:
+            raise ValueError(f"NaN or Inf in {broken} of {len(means)} sentences")
         vectors.append(means / np.linalg.norm(means, axis=1, keepdims=True))
     return np.concatenate(vectors)
 
@@ -150,17 +154,17 @@ def main():
     batches = encode_texts(args.assets, texts)
     sentences = encode_texts(args.assets, [p[0] for p in pairs] + [p[1] for p in pairs]) if pairs else []
     paths = {suffix: args.repository / model / "1" / "model.onnx" for suffix, model in EMBEDDERS.items()}
-    name = last_hidden_state(read_graph(paths[REFERENCE]))
+    name, reference_sha256 = last_hidden_state(read_graph(paths[REFERENCE])), sha256(paths[REFERENCE])
     expected, plans = None, {}
     for suffix, path in paths.items():
-        session = open_hidden_state(path, name)
+        session = open_hidden_state(path, name, paths[REFERENCE], reference_sha256)
         if expected is None:
             expected = list(hidden_states(session, name, batches))
         try:
             plans[suffix] = compare_states(expected, session, name, batches)
+            plans[suffix]["spearman"] = correlate(session, name, sentences, [p[2] for p in pairs]) if pairs else None
         except ValueError as error:
             raise SystemExit(f"{path}: expected finite hidden states, found: {error}; run quantize.py") from None
-        plans[suffix]["spearman"] = correlate(session, name, sentences, [p[2] for p in pairs]) if pairs else None
         correlation = "" if plans[suffix]["spearman"] is None else f", Spearman {plans[suffix]['spearman']:.4f}"
         print(f"{suffix:9} hidden state: cosine {plans[suffix]['mean_cosine']:.6f}{correlation}", flush=True)
     record = {

@@ -2,8 +2,13 @@
 
 import json
 
+import numpy as np
+import onnx
 import pytest
-from conftest import run
+from conftest import copy_repository, run, run_here
+from onnx import numpy_helper
+
+import sts as script
 
 PAIRS = (
     ("A cat sleeps.", "A cat is sleeping.", 4.9),
@@ -52,3 +57,42 @@ def test_pairs_of_another_form_are_refused(exported, tmp_path, text, word):
 def test_a_missing_file_of_pairs_is_named(exported, tmp_path):
     done = sts(exported, tmp_path, "--sts", tmp_path / "none.csv")
     assert done.returncode == 1 and "none.csv: expected a CSV file" in done.stderr
+
+
+def broken_copy(exported, tmp_path, change):
+    """A repository whose INT8 graph was changed, and the options that name it."""
+    folder = copy_repository(exported, tmp_path)
+    path = folder / "model_TRT_INT8/1/model.onnx"
+    graph = onnx.load(path)
+    path.unlink()  # a link to the graph that other tests use
+    change(graph)
+    onnx.save(graph, path)
+    return ("--repository", folder, "--assets", exported.assets, "--results", tmp_path / "results", "--max-texts", 3)
+
+
+def test_a_graph_of_another_export_is_refused(exported, tmp_path):
+    def change(graph):
+        onnx.helper.set_model_props(graph, {"reference_sha256": "0" * 64, "precision": "INT8"})
+
+    done = run_here(script, *broken_copy(exported, tmp_path, change))
+    assert done.returncode == 1 and "model_TRT_INT8/1/model.onnx: expected a graph made from" in done.stderr
+    assert "found one made from 000000000000; run quantize.py" in done.stderr
+    assert not (tmp_path / "results").exists()
+
+
+def test_pairs_whose_vectors_are_not_finite_are_an_error(exported, tmp_path):
+    """A word that only the pairs have answers NaN in one graph: not the same as not measured."""
+    word = script.encode_texts(exported.assets, ["guitar"])[0]["INPUT_IDS"][0, 1]
+
+    def change(graph):
+        largest = max(graph.graph.initializer, key=lambda i: len(i.raw_data))  # the words' embeddings
+        values = numpy_helper.to_array(largest).copy()
+        values[word] = np.nan
+        largest.CopyFrom(numpy_helper.from_array(values, largest.name))
+
+    options = broken_copy(exported, tmp_path, change)
+    path = tmp_path / "pairs.csv"
+    path.write_text("".join(f'"{a}","{b}",{score}\n' for a, b, score in PAIRS[:4]))
+    done = run_here(script, "--sts", path, *options)
+    assert done.returncode == 1 and "model_TRT_INT8/1/model.onnx: expected finite hidden states" in done.stderr
+    assert "NaN or Inf in" in done.stderr and not (tmp_path / "results").exists()
