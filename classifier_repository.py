@@ -46,7 +46,17 @@ from common import (
     sha256,
     write_json,
 )
-from repository import PINNED_TENSORRT, config_text, describe, graph_tensors, read_config, read_graph, tensors
+from repository import (
+    PINNED_TENSORRT,
+    check_one_search,
+    config_text,
+    describe,
+    graph_properties,
+    graph_tensors,
+    read_config,
+    read_graph,
+    tensors,
+)
 
 PARTS = ("tokenizer", "postprocess", *EMBEDDERS.values())
 SCORES = {"single_label_classification": "softmax", "multi_label_classification": "sigmoid"}
@@ -267,14 +277,15 @@ def check_classifier_repository(repository, engine="onnx"):
             raise SystemExit(
                 f"{path}: expected {describe(tensors(config))}; found {describe(tensors(read_config(path)))}; {remedy}"
             )
-    for s in found:
-        check_graph(repository, s, card, engine)
+    properties = {s: check_graph(repository, s, card, engine) for s in found}
+    if {"TRT_INT8", "TRT_BEST"} <= set(found):
+        check_one_search(repository, properties)
     load_served_tokenizer(repository / "tokenizer" / "tokenizer.json")
     return f"{repository.name}: {service['name']} answers through {EMBEDDERS[suffix]}, {len(found)} of {len(EMBEDDERS)} graphs, {len(card['labels'])} labels"
 
 
 def check_graph(repository, suffix, card, engine):
-    """One graph: whole, with the agreed tensors, and made from the present export."""
+    """One graph: whole, with the agreed tensors, and made from the present export. Returns the graph's properties."""
     path = repository / EMBEDDERS[suffix] / "1" / "model.onnx"
     graph = read_graph(path)
     names = {v.name for v in (*graph.graph.input, *graph.graph.output)}
@@ -285,7 +296,7 @@ def check_graph(repository, suffix, card, engine):
     logits = next(dims for name, _, dims in graph_tensors(graph) if name == LOGITS)
     if logits != (len(card["labels"]),):
         raise SystemExit(f"{path}: expected {len(card['labels'])} logits, found {list(logits)}; {REMEDY}")
-    properties = {p.key: p.value for p in graph.metadata_props}
+    properties = graph_properties(graph)
     made_from = properties.get("reference_sha256") or sha256(path)
     if made_from != card["reference_sha256"]:
         raise SystemExit(
@@ -301,6 +312,7 @@ def check_graph(repository, suffix, card, engine):
         )
     if engine == "plan" and wanted == PLATFORMS["plan"]:
         check_plan_fits(repository, path.with_name("model.plan"), card)
+    return properties
 
 
 def check_plan_fits(repository, plan, card):
