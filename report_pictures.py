@@ -112,10 +112,7 @@ def draw_roofline(model):
         if not peak:
             continue
         ridge = peak / gpu["bandwidth"]
-        left.axhline(ridge, color="black", linestyle=dashes, linewidth=1)
-        left.annotate(
-            f"ridge of {kinds}", (batches[-1], ridge), fontsize=7, ha="right", va="bottom" if matmul else "top"
-        )
+        left.axhline(ridge, color="black", linestyle=dashes, linewidth=1, label=f"ridge of {kinds}")
         xs = [0.05, ridge, 3000]
         ys = [min(peak, x * gpu["bandwidth"]) / 1e12 for x in xs]
         right.plot(xs, ys, color="black", linestyle=dashes, linewidth=1, label=f"roof of {kinds}")
