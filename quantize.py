@@ -200,8 +200,8 @@ def missed_target(args, target, found):
     )
     remedies = [f"{verb} {option}" for option, verb in missed.items()] + ["lower --min-int8-share"]
     return (
-        f"{', '.join(missed) or '--min-int8-share'}: expected mean cosine {target['mean_cosine']:g} and relative L2 error "
-        f"{target['relative_l2_error']:g} with at least {args.min_int8_share:.0%} of the FLOPs in INT8, "
+        f"{', '.join(missed) or '--min-int8-share'}: expected mean cosine {target['mean_cosine']:.12g} and relative L2 error "
+        f"{target['relative_l2_error']:.12g} with at least {args.min_int8_share:.0%} of the FLOPs in INT8, "
         f"found at best {said} with {share:.0%}"
         f"{' in ' + format(args.max_minutes, 'g') + ' minutes' if found['time_was_over'] else ''}; "
         f"INT8 and BEST are left as they were; {' or '.join(remedies)}, or give more minutes or texts"

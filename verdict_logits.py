@@ -177,8 +177,8 @@ def comparable(engines):
 def check_served_models(served, own, repository, texts):
     """Exit if the server answers otherwise than the graphs in the repository; a plan is not compared."""
     texts = spread(texts, min(8, served.max_batch_size))
-    expected = own.logits(REFERENCE, own.tokenize(texts))
-    found = served.logits(REFERENCE, served.tokenize(texts))
+    feeds = served.tokenize(texts)
+    expected, found = own.logits(REFERENCE, own.tokenize(texts)), served.logits(REFERENCE, feeds)
     error = float(np.abs(found - expected).max()) if found.shape == expected.shape else f"shapes {found.shape}"
     if isinstance(error, str) or not error <= SAME_MODEL_ERROR:
         raise SystemExit(
@@ -186,7 +186,6 @@ def check_served_models(served, own, repository, texts):
             "./serve.sh stop, then start it with --model-repository"
         )
     # the same batch and padding on both sides: others change the order of sums, and with it what INT8 rounds to
-    feeds = served.tokenize(texts)
     for suffix in comparable(served.engines):
         bound = SAME_GRAPH_ERROR if served.engines[suffix] == SERVED_ENGINE else SAME_MODEL_ERROR
         found, expected = served.logits(suffix, feeds), own.logits(suffix, feeds)
