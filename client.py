@@ -20,21 +20,11 @@ import tritonclient.http
 from tqdm import tqdm
 from tritonclient.utils import InferenceServerException
 
-from common import (
+from core.files import (
     ASSETS,
-    ATTENTION_MASK,
-    EMBEDDERS,
-    EMBEDDING,
-    GATES,
-    INPUT_IDS,
-    REFERENCE,
     REPOSITORY,
     RESULTS,
-    TEXT,
     TEXTS,
-    deviations,
-    environment_record,
-    open_session,
     read_json,
     read_texts,
     replace_when_done,
@@ -42,7 +32,11 @@ from common import (
     spread,
     write_json,
 )
-from repository import check_served_plans
+from core.metrics import deviations
+from core.onnx_runtime import open_session
+from core.record import environment_record
+from core.tables import ATTENTION_MASK, EMBEDDERS, EMBEDDING, INPUT_IDS, PRECISIONS, REFERENCE, TEXT
+from serving.repository import check_served_plans
 
 HTTP_URL, GRPC_URL = "127.0.0.1:8000", "127.0.0.1:8001"
 PLANS = [suffix for suffix in EMBEDDERS if suffix != REFERENCE]
@@ -180,7 +174,7 @@ def failed_gates(averages):
     """One line per plan whose averages are beyond the bounds of its precision."""
     failed = []
     for plan, row in averages.items():
-        gate = GATES[plan.removeprefix("TRT_")]
+        gate = PRECISIONS[plan.removeprefix("TRT_")].gate
         l2, cosine = row.get("relative_l2_error", np.inf), row.get("mean_cosine", -1.0)
         if not (l2 <= gate["relative_l2_error"] and cosine >= gate["mean_cosine"]):
             failed.append(

@@ -18,18 +18,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from classifier_repository import is_classifier
-from common import (
-    ASSETS,
-    EMBEDDERS,
-    MAX_BATCH_SIZE,
-    REPOSITORY,
-    RESULTS,
-    environment_record,
-    read_json,
-    sha256,
-    write_json,
-)
+from core.files import ASSETS, REPOSITORY, RESULTS, read_json, sha256, write_json
+from core.record import environment_record
+from core.tables import EMBEDDERS, MAX_BATCH_SIZE
+from serving.classifier_repository import is_classifier
 
 ARCHITECTURES = ("SM80", "SM86", "SM89", "SM120")  # A100; A10, RTX 30; L4, RTX 40; RTX 50
 OPT_BATCH = 4  # as build_trt.sh

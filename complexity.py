@@ -16,9 +16,10 @@ from pathlib import Path
 
 import torch
 
-from common import ASSETS, MAX_LENGTH, RESULTS, environment_record, read_json, replace_when_done, write_json
-from layer_times import measure_layers
-from layers import (
+from core.files import ASSETS, RESULTS, read_json, replace_when_done, write_json
+from core.record import environment_record
+from core.tables import MAX_LENGTH
+from roofline.layers import (
     UnknownLayer,
     by_kind,
     compare_counts,
@@ -28,7 +29,7 @@ from layers import (
     count_torch,
     list_layers,
 )
-from roofline import (
+from roofline.model import (
     PRACTICAL_BATCH,
     PRECISIONS,
     bound,
@@ -48,6 +49,7 @@ from roofline import (
     ridge_point,
     threshold,
 )
+from roofline.times import measure_layers
 
 BATCHES = (1, 8)
 CONVENTION = "1 multiply-add = 2 FLOPs"

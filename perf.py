@@ -34,23 +34,12 @@ import tokenizers
 from tqdm import tqdm
 
 from client import GRPC_URL, HTTP_URL, SERVER_ERRORS, check_served_model, connect, read_server
-from common import (
-    ASSETS,
-    ATTENTION_MASK,
-    EMBEDDERS,
-    INPUT_IDS,
-    REPOSITORY,
-    RESULTS,
-    TEXT,
-    TEXTS,
-    environment_record,
-    open_session,
-    read_json,
-    read_texts,
-    write_json,
-)
-from perf_tool import SDK_IMAGE, find_perf_analyzer
-from repository import check_served_plans
+from core.files import ASSETS, REPOSITORY, RESULTS, TEXTS, read_json, read_texts, write_json
+from core.onnx_runtime import open_session
+from core.record import environment_record
+from core.tables import ATTENTION_MASK, EMBEDDERS, INPUT_IDS, TEXT
+from serving.perf_analyzer import SDK_IMAGE, find_perf_analyzer
+from serving.repository import check_served_plans
 
 MODELS = EMBEDDERS | {"tokenizer": "tokenizer", "ensemble": "ensemble"}
 CONCURRENCIES = (1, 2, 4, 8, 16, 32)

@@ -31,21 +31,11 @@ import numpy as np
 import onnx
 import tokenizers
 
-from classifier_repository import is_classifier, refresh
-from classifier_tokens import encode
-from common import (
+from core.files import (
     ASSETS,
-    ATTENTION_MASK,
-    EMBEDDERS,
-    GATES,
-    INPUT_IDS,
-    LOGITS_GATE,
-    PRECISIONS,
-    REFERENCE,
     REPOSITORY,
     RESULTS,
     TEXTS,
-    environment_record,
     read_json,
     read_texts,
     replace_when_done,
@@ -54,10 +44,15 @@ from common import (
     spread,
     write_json,
 )
-from int8_check import check_quantization
-from int8_graph import drop_unused, flops_share, insert_int8, weight_matmuls
-from int8_search import INT8_PRECISIONS, candidate_matmuls, find_recipes, naive_recipes, search_int8
-from repository import describe, graph_tensors, read_graph
+from core.record import environment_record
+from core.tables import ATTENTION_MASK, EMBEDDERS, INPUT_IDS, PRECISIONS, REFERENCE, SERVED
+from core.tokens import encode
+from precision.int8_check import check_quantization
+from precision.int8_graph import drop_unused, flops_share, insert_int8, weight_matmuls
+from precision.int8_search import INT8_PRECISIONS, candidate_matmuls, find_recipes, naive_recipes, search_int8
+from serving.classifier_repository import is_classifier, refresh
+from serving.repository import describe, graph_tensors, read_graph
+from tasks.table import TASKS
 
 MIN_TEXTS = 16  # four select, twelve calibrate
 MIN_CALIBRATION_TOKENS = 256  # fewer do not show the outliers
@@ -143,7 +138,7 @@ def find_int8(args, reference, parts, facts):
     """(recipes, names of the MatMuls in INT8, path and content of sensitivity.json); exits if the target is missed."""
     started = time.monotonic()
     card = read_json(args.assets / "model.json", "run torch2onnx.py")
-    target = dict(LOGITS_GATE if args.classifier else GATES["INT8"])
+    target = dict(TASKS["classification" if args.classifier else "embedding"].target)
     for key, value in (("mean_cosine", args.target_cosine), ("relative_l2_error", args.target_l2)):
         if value is not None:
             target[key] = value
@@ -329,13 +324,13 @@ def parse_args():
         "--target-cosine",
         type=float,
         help="least mean cosine of INT8 and BEST, on the texts that select "
-        f"(default: {GATES['INT8']['mean_cosine']}; of a classifier's logits {LOGITS_GATE['mean_cosine']})",
+        f"(default: {PRECISIONS['INT8'].target['mean_cosine']}; of a classifier's logits {TASKS['classification'].target['mean_cosine']})",
     )
     parser.add_argument(
         "--target-l2",
         type=float,
         help="most relative L2 error of INT8 and BEST, on the same texts "
-        f"(default: {GATES['INT8']['relative_l2_error']}; of logits {LOGITS_GATE['relative_l2_error']})",
+        f"(default: {PRECISIONS['INT8'].target['relative_l2_error']}; of logits {TASKS['classification'].target['relative_l2_error']})",
     )
     parser.add_argument(
         "--min-int8-share", type=float, default=0.9, help="least share of the FLOPs in INT8 (default: %(default)s)"
@@ -349,7 +344,7 @@ def parse_args():
     parser.add_argument(
         "--naive", action="store_true", help="no search: all MatMuls, largest values as ranges; for comparison"
     )
-    parser.add_argument("--only", choices=PRECISIONS, help="make one graph")
+    parser.add_argument("--only", choices=SERVED, help="make one graph")
     parser.add_argument("--repository", type=Path, default=REPOSITORY)
     parser.add_argument("--assets", type=Path, help="default: assets/; a classifier's repository is its own")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -376,7 +371,7 @@ def main():
     parts, facts = load_texts(args, [i.name for i in reference.graph.input])
     digests = {"calibration_sha256": facts["sha256"], "reference_sha256": sha256(reference_path)}
     print(f"calibration: {facts['calibration_tokens']} tokens of {facts['calibration']} texts", file=sys.stderr)
-    paths = {p: args.repository / EMBEDDERS[f"TRT_{p}"] / "1" / "model.onnx" for p in PRECISIONS}
+    paths = {p: args.repository / EMBEDDERS[f"TRT_{p}"] / "1" / "model.onnx" for p in SERVED}
     paths = {args.only: paths[args.only]} if args.only else paths
     if "FP32" in paths:
         link_reference(reference_path, paths["FP32"])

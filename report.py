@@ -16,11 +16,11 @@ import re
 import sys
 from pathlib import Path
 
-from common import RESULTS, ROOT, read_json, replace_when_done
-from report_complexity import block_complexity
-from report_pictures import PICTURES, picture_is_current, save_picture
-from report_tables import BLOCKS
-from report_verdicts import block_verdicts
+from core.files import RESULTS, ROOT, read_json, replace_when_done
+from reporting.complexity import block_complexity
+from reporting.pictures import PICTURES, picture_is_current, save_picture
+from reporting.tables import BLOCKS
+from reporting.verdicts import block_verdicts
 
 FILES = ("quality", "perf", "plans", "compile", "tune", "complexity", "sensitivity", "sts", "verdicts")
 

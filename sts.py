@@ -23,19 +23,11 @@ import tokenizers
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
-from common import (
+from core.files import (
     ASSETS,
-    ATTENTION_MASK,
-    EMBEDDERS,
-    INPUT_IDS,
-    MAX_BATCH_SIZE,
-    REFERENCE,
     REPOSITORY,
     RESULTS,
     TEXTS,
-    deviations,
-    environment_record,
-    open_session,
     read_json,
     read_texts,
     sha256,
@@ -43,8 +35,12 @@ from common import (
     spread,
     write_json,
 )
-from int8_graph import last_hidden_state
-from repository import check_made_from, read_graph
+from core.metrics import deviations
+from core.onnx_runtime import open_session
+from core.record import environment_record
+from core.tables import ATTENTION_MASK, EMBEDDERS, INPUT_IDS, MAX_BATCH_SIZE, REFERENCE
+from precision.int8_graph import last_hidden_state
+from serving.repository import check_made_from, read_graph
 
 MIN_PAIRS = 3  # fewer have no rank correlation
 

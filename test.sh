@@ -12,11 +12,11 @@ main() {
   case "${1:-}" in -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 0 ;; esac
   cd "$ROOT"
   ./install.sh
-  "$BIN/ruff" check .
-  "$BIN/ruff" format --check .
-  "$BIN/shellcheck" ./*.sh .ci/run
+  "$BIN/ruff" check --config .ci/ruff.toml .
+  "$BIN/ruff" format --config .ci/ruff.toml --check .
+  "$BIN/shellcheck" ./*.sh deploy/*.sh .ci/run
   echo "shellcheck: no findings"
-  "$BIN/hadolint" Dockerfile
+  "$BIN/hadolint" deploy/Dockerfile
   echo "hadolint: no findings"
   "$BIN/python" report.py --check
   "$BIN/python" -m pytest -ra "$@"

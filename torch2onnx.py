@@ -32,7 +32,8 @@ import onnx
 import tokenizers
 import torch
 
-from checkpoint import (
+from complexity import count_complexity, describe_totals, write_complexity
+from core.checkpoint import (
     DEFAULT_MODEL,
     PACKAGED_MODEL,
     check_checkpoint,
@@ -42,29 +43,12 @@ from checkpoint import (
     load_transformer,
     packaged_folder,
 )
-from common import (
-    ASSETS,
-    ATTENTION_MASK,
-    EMBEDDERS,
-    EMBEDDING,
-    INPUT_IDS,
-    MAX_BATCH_SIZE,
-    MAX_LENGTH,
-    REFERENCE,
-    REPOSITORY,
-    RESULTS,
-    TEXTS,
-    environment_record,
-    open_session,
-    read_texts,
-    replace_when_done,
-    sha256,
-    slug,
-    write_json,
-)
-from complexity import count_complexity, describe_totals, write_complexity
-from repository import write_repository
-from roofline import find_gpu, read_hardware
+from core.files import ASSETS, REPOSITORY, RESULTS, TEXTS, read_texts, replace_when_done, sha256, slug, write_json
+from core.onnx_runtime import open_session
+from core.record import environment_record
+from core.tables import ATTENTION_MASK, EMBEDDERS, EMBEDDING, INPUT_IDS, MAX_BATCH_SIZE, MAX_LENGTH, REFERENCE
+from roofline.model import find_gpu, read_hardware
+from serving.repository import write_repository
 
 OPSET = 19
 CHECK_BATCHES = (1, 3, 8)
@@ -222,7 +206,7 @@ def export_tokenizer(tokenizer, max_length, assets):
 
 @contextlib.contextmanager
 def replace_folder_when_done(folder):
-    """common.replace_when_done for a folder; a running server keeps the files it has open."""
+    """files.replace_when_done for a folder; a running server keeps the files it has open."""
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -302,7 +286,7 @@ def main():
     args = parse_args()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     if args.task == "classification":
-        from classifier_export import export_classifier  # it takes its steps from here
+        from tasks.classifier_export import export_classifier
 
         export_classifier(args)
         return

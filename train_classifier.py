@@ -20,9 +20,10 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 from transformers import logging as transformers_logging
 
-from checkpoint import PACKAGED_MODEL, check_checkpoint, find_checkpoint, load_config, load_tokenizer
-from common import RESULTS, environment_record, sha256, slug, write_json
-from labelled import REVIEWS, add_column_arguments, class_indices, read_labelled
+from core.checkpoint import PACKAGED_MODEL, check_checkpoint, find_checkpoint, load_config, load_tokenizer
+from core.files import RESULTS, sha256, slug, write_json
+from core.labelled import REVIEWS, add_column_arguments, class_indices, read_labelled
+from core.record import environment_record
 from torch2onnx import replace_folder_when_done
 
 EVAL_EVERY = 5  # without --eval, every fifth line is held out

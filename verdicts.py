@@ -20,19 +20,12 @@ from pathlib import Path
 
 import numpy as np
 
-from classifier_repository import check_classifier_repository, read_card
-from common import (
-    EMBEDDERS,
-    REFERENCE,
-    RESULTS,
-    environment_record,
-    replace_when_done,
-    sha256,
-    spread,
-    write_json,
-)
-from labelled import REVIEWS, add_column_arguments, class_indices, read_labelled
-from verdict_logits import (
+from core.files import RESULTS, replace_when_done, sha256, spread, write_json
+from core.labelled import REVIEWS, add_column_arguments, class_indices, read_labelled
+from core.record import environment_record
+from core.tables import EMBEDDERS, REFERENCE
+from serving.classifier_repository import check_classifier_repository, read_card
+from verdict.logits import (
     SAME_MODEL_ERROR,
     InProcess,
     Served,
@@ -43,8 +36,8 @@ from verdict_logits import (
     models_to_judge,
     torch_logits,
 )
-from verdict_package import package
-from verdict_statistics import (
+from verdict.package import package
+from verdict.statistics import (
     CONFIDENCE,
     choose_threshold,
     confusion,

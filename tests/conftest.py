@@ -165,7 +165,7 @@ def save_classifier(folder, config, **tokenizer):
     import torch
     import transformers
 
-    import checkpoint
+    from core import checkpoint
 
     torch.manual_seed(0)
     model = transformers.AutoModelForSequenceClassification.from_config(config)

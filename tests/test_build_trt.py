@@ -15,12 +15,11 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, copy_repository, run
 
-import common
-import plans
-import repository
+from core import files, tables
+from serving import plans, repository
 
 STANDIN = ROOT / "tests/trtexec_standin.py"
-PRECISIONS = common.PRECISIONS
+PRECISIONS = tables.SERVED
 # the stand-in reads graphs, so its python3 has to be this one
 WITH_STANDIN = dict(os.environ, TRTEXEC=str(STANDIN), PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 
@@ -83,12 +82,12 @@ def test_dry_run_of_docker_names_the_pinned_image_and_its_paths(place):
 def test_four_plans_are_built_proven_and_noted(place, version):
     done = build(place, STANDIN_VERSION=version)
     assert done.returncode == 0, done.stderr
-    reference = common.sha256(place / "model_ONNX/1/model.onnx")
+    reference = files.sha256(place / "model_ONNX/1/model.onnx")
     for precision, matmuls in zip(PRECISIONS, ({"FP32": 37}, {"FP16": 37}, None, None), strict=True):
         manifest = json.loads(plan(place, precision, "manifest.json").read_text())
         assert manifest["reference_sha256"] == reference
-        assert manifest["graph_sha256"] == common.sha256(place / manifest["graph"])
-        assert manifest["plan_sha256"] == common.sha256(plan(place, precision))
+        assert manifest["graph_sha256"] == files.sha256(place / manifest["graph"])
+        assert manifest["plan_sha256"] == files.sha256(plan(place, precision))
         assert manifest["tensorrt_version"] == ("10.16.1" if version == "101601" else "11.0.0")
         assert (manifest["gpu"], manifest["compute_capability"], manifest["tf32"]) == (
             "NVIDIA Stand-in GPU",
@@ -103,7 +102,7 @@ def test_four_plans_are_built_proven_and_noted(place, version):
         if precision in ("INT8", "BEST"):
             assert len(manifest["calibration_sha256"]) == 64
     assert not list(place.rglob("*.tmp"))
-    summary = common.read_json(place.parent / "results/all-MiniLM-L6-v2/plans.json", "")
+    summary = files.read_json(place.parent / "results/all-MiniLM-L6-v2/plans.json", "")
     assert set(summary["plans"]) == set(PRECISIONS)
 
 
@@ -156,7 +155,7 @@ def test_plans_of_another_export_stay_out_of_the_summary(place):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"reference_sha256": "4" * 64}))
     done = build(place, "--only", "FP32")
     assert done.returncode == 0 and "of another export" in done.stderr
-    summary = common.read_json(place.parent / "results/all-MiniLM-L6-v2/plans.json", "")
+    summary = files.read_json(place.parent / "results/all-MiniLM-L6-v2/plans.json", "")
     assert set(summary["plans"]) == {"FP32", "FP16", "INT8"}
 
 
@@ -297,14 +296,14 @@ def built(place):
 
 
 def refuse(folder, words, **present):
-    reference = common.sha256(folder / "model_ONNX/1/model.onnx")
+    reference = files.sha256(folder / "model_ONNX/1/model.onnx")
     with pytest.raises(SystemExit) as error:
         repository.check_plan(folder, "FP16", present.pop("reference", reference), **present)
     assert all(word in str(error.value) for word in words), error.value
 
 
 def test_matching_manifest_is_accepted(built):
-    reference = common.sha256(built / "model_ONNX/1/model.onnx")
+    reference = files.sha256(built / "model_ONNX/1/model.onnx")
     gpu = {"name": "NVIDIA Stand-in GPU", "compute_capability": "8.6"}
     assert repository.check_plan(built, "FP16", reference, gpu, "10.16.1")["precision"] == "FP16"
 
@@ -329,7 +328,7 @@ def test_the_check_before_serving_plans_reads_the_manifests(built):
 
 
 def test_the_client_checks_the_plans_that_are_served(built, capsys):
-    reference = common.sha256(built / "model_ONNX/1/model.onnx")
+    reference = files.sha256(built / "model_ONNX/1/model.onnx")
     engines = {"ONNX": "ONNX Runtime, GPU"} | {f"TRT_{p}": "TensorRT, GPU" for p in PRECISIONS}
     server = {"version": "2.69.0", "engines": engines}
     assert len(repository.check_served_plans(built, reference, server)) == 4

@@ -11,10 +11,8 @@ import torch
 import transformers
 from conftest import MINILM, run, run_here, save_classifier, succeed, tiny_config
 
-import checkpoint
-import classifier_tokens
-import common
 import torch2onnx
+from core import checkpoint, onnx_runtime, tokens
 
 
 def export(folder, model, *options):
@@ -38,13 +36,13 @@ def test_logits_are_those_of_the_original_with_its_own_tokenizer(reviews):
     texts = ["A text that no file holds.", "", "naïve café 🙂", "word " * 700]
     tokenizer = transformers.AutoTokenizer.from_pretrained(reviews.checkpoint)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(reviews.checkpoint).eval()
-    session = common.open_session(reviews.repository / "model_ONNX/1/model.onnx")
-    served = classifier_tokens.load_served_tokenizer(reviews.repository / "tokenizer/tokenizer.json")
+    session = onnx_runtime.open_session(reviews.repository / "model_ONNX/1/model.onnx")
+    served = tokens.load_served_tokenizer(reviews.repository / "tokenizer/tokenizer.json")
     for text in texts:
         tokens = tokenizer(text, truncation=True, max_length=512, return_tensors="pt")
         with torch.inference_mode():
             expected = model(**tokens).logits.numpy()
-        feeds = classifier_tokens.encode(served, [text], ["INPUT_IDS", "ATTENTION_MASK", "TOKEN_TYPE_IDS"])
+        feeds = tokens.encode(served, [text], ["INPUT_IDS", "ATTENTION_MASK", "TOKEN_TYPE_IDS"])
         np.testing.assert_allclose(session.run(["LOGITS"], feeds)[0], expected, atol=1e-4)
 
 
@@ -52,12 +50,12 @@ def test_a_text_is_cut_and_padded_on_the_tokenizers_side(tmp_path):
     sides = {"truncation_side": "left", "padding_side": "left"}
     folder = save_classifier(tmp_path / "c", tiny_config(), **sides)
     assert export(tmp_path / "r", folder, "--max-length", 16).returncode == 0
-    served = classifier_tokens.load_served_tokenizer(tmp_path / "r/tokenizer/tokenizer.json")
+    served = tokens.load_served_tokenizer(tmp_path / "r/tokenizer/tokenizer.json")
     texts = ["one two", " ".join(f"word {i}" for i in range(40))]
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     expected = tokenizer(texts, padding="max_length", truncation=True, max_length=16)
     assert tokenizer.truncation_side == "left" and expected["attention_mask"][0][0] == 0
-    found = classifier_tokens.encode(served, texts, ["INPUT_IDS", "ATTENTION_MASK"])
+    found = tokens.encode(served, texts, ["INPUT_IDS", "ATTENTION_MASK"])
     assert found["INPUT_IDS"].tolist() == expected["input_ids"]
     assert found["ATTENTION_MASK"].tolist() == expected["attention_mask"]
 
@@ -66,8 +64,8 @@ def test_a_fixed_length_reaches_graph_configs_and_tokenizer(tmp_path, tiny):
     assert export(tmp_path / "r", tiny.checkpoint, "--max-length", 24).returncode == 0
     assert shapes(tmp_path / "r")["INPUT_IDS"] == ["batch", 24]
     assert "dims: 24" in (tmp_path / "r/tokenizer/config.pbtxt").read_text()
-    served = classifier_tokens.load_served_tokenizer(tmp_path / "r/tokenizer/tokenizer.json")
-    assert classifier_tokens.encode(served, ["a", "word " * 99], ["INPUT_IDS"])["INPUT_IDS"].shape == (2, 24)
+    served = tokens.load_served_tokenizer(tmp_path / "r/tokenizer/tokenizer.json")
+    assert tokens.encode(served, ["a", "word " * 99], ["INPUT_IDS"])["INPUT_IDS"].shape == (2, 24)
     succeed("repository.py", "--repository", tmp_path / "r")
 
 

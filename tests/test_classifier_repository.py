@@ -9,16 +9,14 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import classifier_configs as configs
 import numpy as np
 import onnx
 import pytest
 from conftest import ROOT, run, run_here
 
-import classifier_configs as configs
-import classifier_repository
-import classifier_tokens
-import common
-import repository
+from core import files, onnx_runtime, tables, tokens
+from serving import classifier_repository, repository
 
 
 def copy(source, target):
@@ -42,18 +40,18 @@ def check(folder):
 
 def test_every_config_is_what_the_script_writes_and_fits_its_graph(reviews):
     card = classifier_repository.read_card(reviews.repository)
-    assert classifier_repository.present(reviews.repository) == list(common.EMBEDDERS)
-    served = classifier_tokens.load_served_tokenizer(reviews.repository / "tokenizer/tokenizer.json")
-    feeds = classifier_tokens.encode(served, [classifier_repository.WARMUP_TEXT], card["inputs"])
+    assert classifier_repository.present(reviews.repository) == list(tables.EMBEDDERS)
+    served = tokens.load_served_tokenizer(reviews.repository / "tokenizer/tokenizer.json")
+    feeds = tokens.encode(served, [classifier_repository.WARMUP_TEXT], card["inputs"])
     length = feeds["INPUT_IDS"].shape[1]
     expected = [configs.tokenizer_config(card, 8), configs.postprocess_config(card, 8)]
     expected += [configs.ensemble_config("reviews", "ONNX", card, 8)]
-    expected += [configs.model_config(suffix, card, 8, "onnx", length) for suffix in common.EMBEDDERS]
+    expected += [configs.model_config(suffix, card, 8, "onnx", length) for suffix in tables.EMBEDDERS]
     assert {c.name for c in expected} == {path.parent.name for path in reviews.repository.glob("*/config.pbtxt")}
     for config in expected:
         text = (reviews.repository / config.name / "config.pbtxt").read_text()
         assert text == repository.config_text(config, configs.OUR_COMMENTS)
-    for model in common.EMBEDDERS.values():
+    for model in tables.EMBEDDERS.values():
         graph = onnx.load(reviews.repository / model / "1/model.onnx")
         names = {v.name for v in (*graph.graph.input, *graph.graph.output)}
         assert names == {*card["inputs"], "LOGITS"}
@@ -229,14 +227,14 @@ def test_more_texts_than_the_maximum_are_refused(service):
 
 
 def test_every_precision_is_served_as_its_graph_is(service):
-    served = classifier_tokens.load_served_tokenizer(service.repository / "tokenizer/tokenizer.json")
-    feeds = classifier_tokens.encode(served, ["A fine day."], ["INPUT_IDS", "ATTENTION_MASK", "TOKEN_TYPE_IDS"])
+    served = tokens.load_served_tokenizer(service.repository / "tokenizer/tokenizer.json")
+    feeds = tokens.encode(served, ["A fine day."], ["INPUT_IDS", "ATTENTION_MASK", "TOKEN_TYPE_IDS"])
     tensors = [
         {"name": n, "shape": list(v.shape), "datatype": "INT64", "data": v.ravel().tolist()} for n, v in feeds.items()
     ]
-    for model in common.EMBEDDERS.values():
+    for model in tables.EMBEDDERS.values():
         _, answer = post(service, f"{model}/infer", {"inputs": tensors})
-        expected = common.open_session(service.repository / model / "1/model.onnx").run(["LOGITS"], feeds)[0]
+        expected = onnx_runtime.open_session(service.repository / model / "1/model.onnx").run(["LOGITS"], feeds)[0]
         np.testing.assert_allclose(np.reshape(answer["outputs"][0]["data"], (1, 2)), expected, atol=1e-4)
 
 
@@ -255,7 +253,7 @@ def test_plans_are_built_for_every_length_and_then_served_from(reviews, tmp_path
         assert f"--{what}Shapes=" + "\\,".join(f"{name}:{shape}" for name in names) in done.stdout
     done = run("build_trt.sh", *options, env=environment)
     assert done.returncode == 0, done.stderr
-    platforms = {s: repository.read_config(folder / m / "config.pbtxt").platform for s, m in common.EMBEDDERS.items()}
+    platforms = {s: repository.read_config(folder / m / "config.pbtxt").platform for s, m in tables.EMBEDDERS.items()}
     assert [s for s, platform in platforms.items() if platform == "tensorrt_plan"] == ["TRT_INT8"]
     assert check(folder).returncode == 0
     done = write(folder, "--precision", "INT8", "--engine", "plan", "--output", tmp_path / "out")
@@ -268,7 +266,7 @@ def test_plans_are_built_for_every_length_and_then_served_from(reviews, tmp_path
             ("graph_sha256", "0" * 64, "expected the graph"),
             ("reference_sha256", "0" * 64, "expected the export"),
         ):
-            common.write_json(path, manifest | {key: value})
+            files.write_json(path, manifest | {key: value})
             done = run_here(repository, "--repository", place, "--engine", "plan")
             assert done.returncode == 1 and words in done.stderr, done.stderr
     options = ("--precision", "INT8", "--engine", "plan", "--output", tmp_path / "other")

@@ -9,14 +9,14 @@ from conftest import copy_repository, free_ports, run, start_server, succeed
 from onnx import numpy_helper
 
 import client
-import common
+from core import files, metrics, tables
 
 
 def test_deviations_follow_their_definitions():
     reference = np.array([[[3.0, 4.0], [1.0, 0.0], [9.0, 9.0]]])
     candidate = np.array([[[3.0, 4.5], [0.0, 1.0], [0.0, 0.0]]])
     mask = np.array([[1, 1, 0]])
-    found = common.deviations(reference, candidate, mask)
+    found = metrics.deviations(reference, candidate, mask)
     assert found["tokens"] == 2
     assert found["max_abs_error"] == 1.0
     assert found["mean_abs_error"] == pytest.approx((0.5 + 1 + 1) / 4)
@@ -29,7 +29,7 @@ def test_padding_does_not_count():
     reference, mask = np.ones((1, 4, 2)), np.array([[1, 1, 0, 0]])
     candidate = reference.copy()
     candidate[:, 2:] = 1e6
-    assert common.deviations(reference, candidate, mask)["max_abs_error"] == 0
+    assert metrics.deviations(reference, candidate, mask)["max_abs_error"] == 0
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -38,7 +38,7 @@ def test_values_that_are_not_finite_are_an_error(value):
     candidate = reference.copy()
     candidate[0, 1, 0] = value
     with pytest.raises(ValueError, match="NaN or Inf in 1 of 2 tokens of the candidate"):
-        common.deviations(reference, candidate, np.ones((1, 2)))
+        metrics.deviations(reference, candidate, np.ones((1, 2)))
 
 
 def test_fp32_and_fp16_deviate_as_their_arithmetic_does(quality):
@@ -69,9 +69,9 @@ def test_the_naive_int8_graph_fails_its_gate(chain, tmp_path):
     assert "TRT_BEST" not in checked.stderr and "TRT_FP16" not in checked.stderr
 
 
-@pytest.mark.parametrize("precision", common.PRECISIONS)
+@pytest.mark.parametrize("precision", tables.SERVED)
 def test_each_gate_can_fail(precision):
-    gate = common.GATES[precision]
+    gate = tables.PRECISIONS[precision].gate
     assert not client.failed_gates({f"TRT_{precision}": gate})
     for key, factor in (("relative_l2_error", 1.01), ("mean_cosine", 0.99)):
         assert len(client.failed_gates({f"TRT_{precision}": gate | {key: gate[key] * factor}})) == 1
@@ -100,7 +100,7 @@ def test_check_quality_returns_each_plan(chain):
 def test_grpc_gives_the_same_averages(chain, quality, tmp_path):
     options = ("--repository", chain.repository, "--assets", chain.assets, "--results", tmp_path, "--max-texts", 48)
     succeed("client.py", "--protocol", "grpc", "--url", chain.grpc, *options)
-    other = common.read_json(tmp_path / "all-MiniLM-L6-v2/quality.json", "")["averages"]
+    other = files.read_json(tmp_path / "all-MiniLM-L6-v2/quality.json", "")["averages"]
     for plan, row in other.items():
         assert row["relative_l2_error"] == pytest.approx(quality["averages"][plan]["relative_l2_error"], rel=0.05)
 
@@ -121,7 +121,7 @@ def test_an_embedder_that_answers_nan_fails_the_run_and_is_named(chain, tmp_path
     finally:
         succeed("serve.sh", "stop", "--http-port", http)
     assert measured.returncode == 1 and "TRT_INT8" in measured.stderr and "NaN or Inf" in measured.stderr
-    averages = common.read_json(tmp_path / "all-MiniLM-L6-v2/quality.json", "")["averages"]
+    averages = files.read_json(tmp_path / "all-MiniLM-L6-v2/quality.json", "")["averages"]
     assert "error" in averages["TRT_INT8"] and "error" not in averages["TRT_FP16"]
 
 

@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 from test_torch2onnx import TINY, save_checkpoint
 
 import complexity
-import int8_graph
-import layer_times
-import report_complexity
-import roofline
-from layers import (
+from precision import int8_graph
+from roofline import model as roofline
+from roofline import times
+from roofline.layers import (
     UnknownLayer,
     by_kind,
     compare_counts,
@@ -314,14 +313,14 @@ def test_layers_are_timed_and_an_earlier_measurement_is_kept(tmp_path):
     ],
 )
 def test_the_measured_bound_is_what_explains_half_of_the_time(times, bound):
-    assert layer_times.bound_of(times) == bound
+    assert times.bound_of(times) == bound
 
 
 def test_a_gemm_is_measured_bound_by_arithmetic_and_an_add_by_memory():
     gemm = linear(1024, 1024)
     add = {"name": "x", "kind": "residual add", "op": "add", "shape": {"width": 3072}, "calls": 1}
     with torch.inference_mode():
-        found = [layer_times.bound_of(layer_times.measure_layer(x, 8, 128, "cpu", 0.1)) for x in (gemm, add)]
+        found = [times.bound_of(times.measure_layer(x, 8, 128, "cpu", 0.1)) for x in (gemm, add)]
     assert found == ["arithmetic", "memory"]
 
 
@@ -331,13 +330,13 @@ def test_a_speed_of_a_cpu_never_stands_beside_a_gpus_least_latency():
     gpu = roofline.read_hardware()["T4"]
     cpu = {"server": {"engines": {"ONNX": "ONNX Runtime, CPU", "TRT_FP16": "ONNX Runtime, CPU"}}}
     device = {"server": {"engines": {"ONNX": "ONNX Runtime, GPU", "TRT_FP16": "TensorRT, GPU"}}}
-    assert report_complexity.measured_latency(perf | cpu, gpu, "FP16", "1") == "not measured"
-    assert report_complexity.measured_latency(perf | device, gpu, "FP16", "1") == "2000"
-    assert report_complexity.measured_latency(perf | device, gpu, "FP16", "8") == "not measured"
+    assert complexity.measured_latency(perf | cpu, gpu, "FP16", "1") == "not measured"
+    assert complexity.measured_latency(perf | device, gpu, "FP16", "1") == "2000"
+    assert complexity.measured_latency(perf | device, gpu, "FP16", "8") == "not measured"
     gpus = roofline.read_hardware()
     for name, other in (("Tesla T4", "L4"), ("NVIDIA L40S", "L4"), ("NVIDIA A100-SXM4-80GB", "A10")):
         perf["environment"]["gpu"]["name"] = name
-        assert report_complexity.measured_latency(perf | device, gpus[other], "FP16", "1") == "not measured"
+        assert complexity.measured_latency(perf | device, gpus[other], "FP16", "1") == "not measured"
 
 
 def test_kinds_add_up_to_the_layers():

@@ -11,9 +11,9 @@ import pytest
 from conftest import ROOT, free_ports, run, start_server, succeed
 
 import client
-import common
 import perf
-import perf_tool
+from core import files, tables
+from serving import perf_analyzer
 
 
 def perf_py(url, chain, folder, *options, **more):
@@ -22,7 +22,7 @@ def perf_py(url, chain, folder, *options, **more):
 
 
 def read_perf(folder):
-    return common.read_json(folder / "all-MiniLM-L6-v2/perf.json", "")
+    return files.read_json(folder / "all-MiniLM-L6-v2/perf.json", "")
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +55,9 @@ def test_dynamic_batching_is_seen_under_load(record):
 
 
 def test_embedders_are_held_against_the_bare_session(record):
-    assert set(record["bare_infer_per_s"]) == set(common.EMBEDDERS)
+    assert set(record["bare_infer_per_s"]) == set(tables.EMBEDDERS)
     for row in record["rows"]:
-        assert ("served_to_bare" in row) == (row["model"] in common.EMBEDDERS)
+        assert ("served_to_bare" in row) == (row["model"] in tables.EMBEDDERS)
     served = [
         r["served_to_bare"] for r in record["rows"] if r["model"] in ("ONNX", "TRT_FP32") and r["concurrency"] == 4
     ]
@@ -66,7 +66,7 @@ def test_embedders_are_held_against_the_bare_session(record):
 
 def test_the_tokenizer_is_far_faster_than_an_embedder(record):
     speeds = {m: max(r["throughput_infer_per_s"] for r in record["rows"] if r["model"] == m) for m in perf.MODELS}
-    assert speeds["tokenizer"] > 10 * max(speeds[m] for m in common.EMBEDDERS)
+    assert speeds["tokenizer"] > 10 * max(speeds[m] for m in tables.EMBEDDERS)
 
 
 def test_raw_output_is_kept(record):
@@ -117,7 +117,7 @@ def test_resume_measures_what_is_missing_and_nothing_else(chain, tmp_path):
     path = tmp_path / "all-MiniLM-L6-v2/perf.json"
     record = read_perf(tmp_path)
     kept = record["rows"][1]
-    common.write_json(path, record | {"rows": [{"model": "tokenizer", "concurrency": 1, "error": "refused"}, kept]})
+    files.write_json(path, record | {"rows": [{"model": "tokenizer", "concurrency": 1, "error": "refused"}, kept]})
     done = perf_py(chain.grpc, chain, tmp_path, *options, "--resume")
     assert done.returncode == 0 and done.stdout.count("infer/s") == 1
     again = read_perf(tmp_path)
@@ -164,8 +164,8 @@ def test_an_empty_package_named_perf_analyzer_is_not_taken_for_the_tool(tmp_path
     fake.write_text("#!/bin/sh\nexit 1\n")
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    command, environment = perf_tool.find_perf_analyzer(False, tmp_path)
-    assert command != [str(fake)] and perf_tool.runs(command[0], environment)
+    command, environment = perf_analyzer.find_perf_analyzer(False, tmp_path)
+    assert command != [str(fake)] and perf_analyzer.runs(command[0], environment)
 
 
 def test_a_tool_that_hangs_is_ended_and_tried_again(chain, tmp_path, monkeypatch):
@@ -186,7 +186,7 @@ def test_a_tool_that_hangs_is_ended_and_tried_again(chain, tmp_path, monkeypatch
 def test_docker_without_docker_is_one_clear_line(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SystemExit, match="expected a running Docker"):
-        perf_tool.find_perf_analyzer(True, tmp_path)
+        perf_analyzer.find_perf_analyzer(True, tmp_path)
 
 
 def test_ranges_of_concurrency():

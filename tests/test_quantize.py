@@ -12,21 +12,19 @@ import pytest
 from conftest import copy_repository, run, run_here, succeed
 from onnx import TensorProto, helper, numpy_helper
 
-import common
-import int8_check
-import int8_graph
-import int8_search
 import quantize
-import repository
+from core import files, onnx_runtime, tables
+from precision import int8_check, int8_graph, int8_search
+from serving import repository
 
-GRAPHS = {p: f"model_TRT_{p}/1/model.onnx" for p in common.PRECISIONS}
+GRAPHS = {p: f"model_TRT_{p}/1/model.onnx" for p in tables.SERVED}
 
 
 def load(exported, precision):
     return onnx.load(exported.repository / GRAPHS[precision])
 
 
-@pytest.mark.parametrize("precision", common.PRECISIONS)
+@pytest.mark.parametrize("precision", tables.SERVED)
 def test_typed_graph_keeps_the_tensors_of_the_reference(exported, precision):
     path = exported.repository / GRAPHS[precision]
     onnx.checker.check_model(str(path), full_check=True)
@@ -35,7 +33,7 @@ def test_typed_graph_keeps_the_tensors_of_the_reference(exported, precision):
 
 
 def test_fp32_is_the_reference_itself(exported):
-    assert common.sha256(exported.repository / GRAPHS["FP32"]) == common.sha256(
+    assert files.sha256(exported.repository / GRAPHS["FP32"]) == files.sha256(
         exported.repository / "model_ONNX/1/model.onnx"
     )
 
@@ -99,7 +97,7 @@ def test_in_no_time_all_in_int8_are_measured_and_taken_where_they_meet_the_targe
     options = ("--max-minutes", 0, "--target-cosine", 0.9, "--max-selection-texts", 8, "--results", tmp_path)
     succeed("quantize.py", "--only", "INT8", "--repository", folder, "--assets", exported.assets, *options)
     assert (folder / GRAPHS["INT8"]).is_file()
-    record = common.read_json(tmp_path / "all-MiniLM-L6-v2/sensitivity.json", "")
+    record = files.read_json(tmp_path / "all-MiniLM-L6-v2/sensitivity.json", "")
     assert record["time_was_over"] and len(record["curve"]) == 1 and record["int8_flops_share"] > 0.99
 
 
@@ -112,12 +110,12 @@ def test_in_no_time_all_in_int8_are_measured_and_taken_where_they_meet_the_targe
     ],
 )
 def test_a_target_that_is_missed_says_what_was_reached_and_leaves_the_graph(exported, tmp_path, options, word):
-    before = common.sha256(exported.repository / GRAPHS["INT8"])
+    before = files.sha256(exported.repository / GRAPHS["INT8"])
     places = ("--repository", exported.repository, "--assets", exported.assets, "--results", tmp_path)
     done = run("quantize.py", "--only", "INT8", "--max-selection-texts", 1, *options, *places)
     assert done.returncode == 1 and word in done.stderr and "found at best INT8 0.9" in done.stderr, done.stderr
-    assert common.sha256(exported.repository / GRAPHS["INT8"]) == before
-    record = common.read_json(tmp_path / "all-MiniLM-L6-v2/sensitivity.json", "")
+    assert files.sha256(exported.repository / GRAPHS["INT8"]) == before
+    record = files.read_json(tmp_path / "all-MiniLM-L6-v2/sensitivity.json", "")
     assert record["reached"] is None and record["int8_flops_share"] is None
     assert not any(row["int8"] for row in record["matmuls"])
 
@@ -213,7 +211,7 @@ def test_the_record_of_a_search_claims_what_both_graphs_meet(monkeypatch, quick,
 def searched(exported, tmp_path_factory):
     """Two runs with another order of sets each, and a target that all in INT8 miss."""
     texts = tmp_path_factory.mktemp("texts") / "texts.txt"
-    texts.write_text("\n".join(common.split_texts(common.read_texts(common.TEXTS))[0][:24]) + "\n")
+    texts.write_text("\n".join(files.split_texts(files.read_texts(files.TEXTS))[0][:24]) + "\n")
     runs = []
     for seed in "01":
         folder = tmp_path_factory.mktemp(f"searched{seed}")
@@ -239,7 +237,7 @@ def test_a_strict_target_leaves_some_matmuls_in_floating_point(searched):
 
 def test_the_written_graphs_meet_the_strict_target(searched, exported):
     args = SimpleNamespace(calibration_texts=searched[0].texts, assets=exported.assets, max_selection_texts=32)
-    parts, facts = quantize.load_texts(args, [common.INPUT_IDS, common.ATTENTION_MASK])
+    parts, facts = quantize.load_texts(args, [tables.INPUT_IDS, tables.ATTENTION_MASK])
     record = sensitivity(searched[0])
     assert facts == record["texts"]
     expected = int8_search.run_graph(onnx.load(searched[0].repository / "model_ONNX/1/model.onnx"), parts["selection"])
@@ -251,7 +249,7 @@ def test_the_written_graphs_meet_the_strict_target(searched, exported):
 
 def test_the_order_of_sets_changes_no_graph(searched):
     for precision in ("FP16", "INT8", "BEST"):
-        assert len({common.sha256(one.repository / GRAPHS[precision]) for one in searched}) == 1
+        assert len({files.sha256(one.repository / GRAPHS[precision]) for one in searched}) == 1
 
 
 def test_int8_and_best_of_two_searches_are_refused_together(searched, exported, tmp_path):
@@ -355,7 +353,7 @@ def test_check_takes_a_gemm_with_its_weight_transposed():
 
 def encode_two_texts(exported):
     served = quantize.load_tokenizer(exported.assets)
-    return quantize.encode(served, ["A short text.", "Another one"], (common.INPUT_IDS, common.ATTENTION_MASK))
+    return quantize.encode(served, ["A short text.", "Another one"], (tables.INPUT_IDS, tables.ATTENTION_MASK))
 
 
 def test_padding_sets_no_range(exported):
@@ -378,21 +376,21 @@ def test_padding_sets_no_range(exported):
 def test_too_few_calibration_texts_are_refused(exported, tmp_path, lines, word):
     texts = tmp_path / "texts.txt"
     texts.write_text("\n".join(lines) + "\n")
-    before = common.sha256(exported.repository / GRAPHS["INT8"])
+    before = files.sha256(exported.repository / GRAPHS["INT8"])
     places = ("--repository", exported.repository, "--assets", exported.assets, "--results", tmp_path)
     done = run("quantize.py", "--calibration-texts", texts, *places)
     assert done.returncode == 1 and word in done.stderr and "Traceback" not in done.stderr
-    assert common.sha256(exported.repository / GRAPHS["INT8"]) == before
+    assert files.sha256(exported.repository / GRAPHS["INT8"]) == before
 
 
 def load_calibration_texts(exported, path, capsys):
     args = SimpleNamespace(calibration_texts=path, assets=exported.assets, max_selection_texts=32)
-    _, facts = quantize.load_texts(args, [common.INPUT_IDS, common.ATTENTION_MASK])
+    _, facts = quantize.load_texts(args, [tables.INPUT_IDS, tables.ATTENTION_MASK])
     return facts, capsys.readouterr().err
 
 
 def test_texts_that_measure_quality_calibrate_nothing(exported, tmp_path, capsys):
-    calibration, measured = common.split_texts(common.read_texts(common.TEXTS))
+    calibration, measured = files.split_texts(files.read_texts(files.TEXTS))
     path = tmp_path / "texts.txt"
     path.write_text("\n".join([*calibration[:30], *calibration[:4], measured[0], f"  {measured[1].upper()} "]) + "\n")
     facts, said = load_calibration_texts(exported, path, capsys)
@@ -405,7 +403,7 @@ def test_texts_that_measure_quality_calibrate_nothing(exported, tmp_path, capsys
 
 def test_the_texts_that_measure_quality_alone_are_too_few(exported, tmp_path, capsys):
     path = tmp_path / "texts.txt"
-    path.write_text("\n".join(common.split_texts(common.read_texts(common.TEXTS))[1]) + "\n")
+    path.write_text("\n".join(files.split_texts(files.read_texts(files.TEXTS))[1]) + "\n")
     with pytest.raises(SystemExit, match="at least 16 different texts that do not measure quality, found 0"):
         load_calibration_texts(exported, path, capsys)
 
@@ -473,7 +471,7 @@ def bypass_quantization(graph, weights, recipes):
 def test_a_disk_without_room_leaves_the_graph_that_was_there(exported, tmp_path):
     folder = copy_repository(exported, tmp_path)
     path = folder / GRAPHS["FP16"]
-    before = common.sha256(path)
+    before = files.sha256(path)
 
     def ten_megabytes():  # a limit on the size of a file fails a write as a full disk does
         resource.setrlimit(resource.RLIMIT_FSIZE, (10**7, 10**7))
@@ -481,7 +479,7 @@ def test_a_disk_without_room_leaves_the_graph_that_was_there(exported, tmp_path)
     places = ("--repository", folder, "--assets", exported.assets)
     done = run("quantize.py", "--only", "FP16", *places, preexec_fn=ten_megabytes)
     assert done.returncode != 0
-    assert common.sha256(path) == before and not list(folder.rglob("*.tmp"))
+    assert files.sha256(path) == before and not list(folder.rglob("*.tmp"))
 
 
 def test_json_on_a_disk_without_room_is_one_clear_line(tmp_path, monkeypatch):
@@ -492,7 +490,7 @@ def test_json_on_a_disk_without_room_is_one_clear_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr("pathlib.Path.write_text", full)
     with pytest.raises(SystemExit, match="record.json: expected room"):
-        common.write_json(tmp_path / "record.json", {"a": 1})
+        files.write_json(tmp_path / "record.json", {"a": 1})
     assert (tmp_path / "record.json").read_bytes() == b"{}"
 
 
@@ -509,5 +507,5 @@ def test_float16_quantize_is_executed_with_rounding(tmp_path):
     graph = helper.make_graph(nodes, "g", tensors[:1], tensors[1:], constants)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9), tmp_path / "g.onnx")
     x = np.array([0.06, 0.14, -0.06, 0.26], dtype=np.float32)
-    found = common.open_session(tmp_path / "g.onnx").run(None, {"x": x})[0]
+    found = onnx_runtime.open_session(tmp_path / "g.onnx").run(None, {"x": x})[0]
     np.testing.assert_allclose(found, [0.1, 0.1, -0.1, 0.3], atol=1e-3)

@@ -4,13 +4,13 @@ import numpy as np
 import onnx
 from conftest import ROOT, copy_repository, run
 
-import common
-import repository
+from core import tables
+from serving import repository
 
 
 def written_configs(length, num_outputs):
     configs = [repository.tokenizer_config(length), repository.ensemble_config(length, num_outputs)]
-    return configs + [repository.embedder_config(suffix, length, num_outputs) for suffix in common.EMBEDDERS]
+    return configs + [repository.embedder_config(suffix, length, num_outputs) for suffix in tables.EMBEDDERS]
 
 
 def test_committed_configs_are_what_the_script_writes():
@@ -30,7 +30,7 @@ def test_written_configs_are_read_back_by_tritons_protobuf(tmp_path):
 
 
 def test_configs_agree_with_the_signatures_of_the_graphs(exported):
-    for model in common.EMBEDDERS.values():
+    for model in tables.EMBEDDERS.values():
         graph = onnx.load(exported.repository / model / "1/model.onnx")
         config = repository.read_config(exported.repository / model / "config.pbtxt")
         assert repository.graph_tensors(graph) == repository.tensors(config)

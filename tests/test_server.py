@@ -18,12 +18,11 @@ import tritonclient.http
 from conftest import ROOT, copy_repository, free_ports, run, start_server, succeed
 from tritonclient.utils import InferenceServerException
 
-import checkpoint
 import client
-import common
 import torch2onnx
+from core import checkpoint, files, onnx_runtime, tables
 
-OUTPUTS = {f"EMBEDDING_{suffix}" for suffix in common.EMBEDDERS}
+OUTPUTS = {f"EMBEDDING_{suffix}" for suffix in tables.EMBEDDERS}
 HARD_TEXTS = {
     "empty": "",
     "ten thousand words": "word " * 10_000,
@@ -61,13 +60,13 @@ def test_one_text_by_curl_gets_five_embeddings(chain):
 @pytest.mark.parametrize("name", HARD_TEXTS)
 def test_hard_text_gets_five_finite_embeddings(chain, name):
     embeddings = client.call_triton(HARD_TEXTS[name], chain.http)
-    assert set(embeddings) == set(common.EMBEDDERS)
+    assert set(embeddings) == set(tables.EMBEDDERS)
     assert all(e.shape == (1, 128, 2) and np.isfinite(e).all() for e in embeddings.values())
 
 
 def test_tokenizer_model_agrees_with_transformers(chain):
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.packaged_folder())
-    texts = [*common.read_texts(common.TEXTS)[:40], "", "word " * 300]
+    texts = [*files.read_texts(files.TEXTS)[:40], "", "word " * 300]
     for text in texts:
         found = client.infer("tokenizer", text, ["INPUT_IDS", "ATTENTION_MASK"], chain.http, "http")
         ids, mask = torch2onnx.tokenize(tokenizer, [text], 128)
@@ -81,8 +80,8 @@ def test_served_embeddings_are_those_of_the_graphs(chain, protocol):
     url = chain.http if protocol == "http" else chain.grpc
     feeds = client.infer("tokenizer", text, ["INPUT_IDS", "ATTENTION_MASK"], url, protocol)
     embeddings = client.call_triton(text, url, protocol)
-    for suffix, model in common.EMBEDDERS.items():
-        expected = common.open_session(chain.repository / model / "1/model.onnx").run(None, feeds)[0]
+    for suffix, model in tables.EMBEDDERS.items():
+        expected = onnx_runtime.open_session(chain.repository / model / "1/model.onnx").run(None, feeds)[0]
         np.testing.assert_allclose(embeddings[suffix], expected, atol=1e-5, err_msg=suffix)
 
 
@@ -113,7 +112,7 @@ def bytes_input(value):
 
 
 def test_requests_answered_in_one_batch_get_their_own_answers(chain):
-    texts = common.read_texts(common.TEXTS)[:24]
+    texts = files.read_texts(files.TEXTS)[:24]
     together = send_together(chain, "ensemble", [t.encode() for t in texts], bytes_input)
     for text, answer in zip(texts, together, strict=True):
         alone = client.call_triton(text, chain.http)

@@ -14,9 +14,8 @@ import torch
 import transformers
 from conftest import MINILM, ROOT, run, succeed
 
-import checkpoint
-import common
 import torch2onnx
+from core import checkpoint, files, onnx_runtime
 
 MINILM_FOLDER = checkpoint.packaged_folder()
 
@@ -57,7 +56,7 @@ def test_graph_has_the_agreed_tensors_and_only_a_dynamic_batch(exported):
 def test_two_exports_give_the_same_file_without_paths_of_the_machine(exported, tmp_path):
     succeed("torch2onnx.py", "--model", MINILM, *places(tmp_path))
     first = exported.repository / "model_ONNX/1/model.onnx"
-    assert common.sha256(first) == common.sha256(tmp_path / "model_repository/model_ONNX/1/model.onnx")
+    assert files.sha256(first) == files.sha256(tmp_path / "model_repository/model_ONNX/1/model.onnx")
     content = first.read_bytes()
     assert str(ROOT).encode() not in content and b"site-packages" not in content
 
@@ -69,7 +68,7 @@ def test_every_real_token_matches_torch_on_texts_outside_the_check(exported):
     transformer = transformers.AutoModel.from_pretrained(MINILM_FOLDER).eval()
     with torch.inference_mode():
         expected = torch2onnx.Embedder(transformer, 2, seed=0)(ids, mask).numpy()
-    session = common.open_session(exported.repository / "model_ONNX/1/model.onnx")
+    session = onnx_runtime.open_session(exported.repository / "model_ONNX/1/model.onnx")
     found = session.run(None, {"INPUT_IDS": ids.numpy(), "ATTENTION_MASK": mask.numpy()})[0]
     real = mask.numpy().astype(bool)
     np.testing.assert_allclose(found[real], expected[real], atol=1e-4)
@@ -168,7 +167,7 @@ def test_unreachable_hub_falls_back_to_the_packaged_model_loudly(tmp_path):
     environment = dict(os.environ, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "cache"))
     done = succeed("torch2onnx.py", "--packaged-if-offline", *places(tmp_path), env=environment)
     assert "WARNING" in done.stderr and "all-MiniLM-L6-v2" in done.stderr
-    card = common.read_json(tmp_path / "assets/model.json", "")
+    card = files.read_json(tmp_path / "assets/model.json", "")
     assert card["name"] == "all-MiniLM-L6-v2" and card["weights"] == "real"
 
 

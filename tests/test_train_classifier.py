@@ -9,8 +9,8 @@ import torch
 import transformers
 from conftest import ROOT, run, run_here, succeed
 
-import labelled
 import train_classifier
+from core import labelled
 
 # a folder with sst2_train.tsv and sst2_dev.tsv (text, label 0 or 1, no header); it is not part of the project
 SST2 = Path(os.environ.get("SST2_FOLDER", "nowhere"))

@@ -7,14 +7,13 @@ import tarfile
 
 import numpy as np
 import pytest
+import verdict_statistics as statistics
 from conftest import run_here, save_classifier, start_server, succeed, tiny_config
 
-import classifier_repository
-import common
-import labelled
 import torch2onnx
-import verdict_statistics as statistics
 import verdicts
+from core import files, labelled
+from serving import classifier_repository
 
 # --- statistics ----------------------------------------------------------------------
 
@@ -164,7 +163,7 @@ def test_study_through_the_server_shows_every_model_and_a_conclusion(studied, se
 
 def test_verdicts_can_be_counted_again_from_the_logits(studied, service):
     record, path = record_of(service.results), service.results / "reviews-checkpoint/verdicts.csv"
-    assert common.sha256(path) == record["logits_sha256"]
+    assert files.sha256(path) == record["logits_sha256"]
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     for name, row in record["models"].items():
@@ -208,7 +207,7 @@ def three(tmp_path_factory):
     checkpoint = save_classifier(folder / "three-checkpoint", tiny_config(("a", "b", "c")))
     options = ("--task", "classification", "--model", checkpoint, "--repository", folder / "three")
     assert run_here(torch2onnx, *options).returncode == 0
-    texts = common.read_texts(common.TEXTS)[:60]
+    texts = files.read_texts(files.TEXTS)[:60]
     (folder / "data.tsv").write_text("".join(f"{text}\t{i % 3}\n" for i, text in enumerate(texts)))
     return folder, checkpoint
 
@@ -316,7 +315,7 @@ def test_the_manifest_holds_what_is_packed_and_why(packed, service):
     assert manifest["model"] == record_of(service.results)["conclusion"]["winner"]
     files = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {"manifest.json"}
     assert set(manifest["files"]) == files
-    assert all(common.sha256(folder / name) == digest for name, digest in manifest["files"].items())
+    assert all(files.sha256(folder / name) == digest for name, digest in manifest["files"].items())
     assert "flipped" not in manifest["study"]["verdicts"] and manifest["study"]["threshold"]
 
 
@@ -341,7 +340,7 @@ def test_a_plan_that_was_built_after_the_study_is_not_packed(studied, service, t
     record = record_of(service.results)
     assert record["plan_sha256"] == {}  # nothing here is executed by TensorRT
     record["plan_sha256"][record["conclusion"]["winner"]] = "0" * 64
-    common.write_json(tmp_path / "reviews-checkpoint/verdicts.json", record)
+    files.write_json(tmp_path / "reviews-checkpoint/verdicts.json", record)
     done = run_here(verdicts, "package", "--repository", service.repository, "--results", tmp_path)
     assert done.returncode == 1 and "found one of another plan" in done.stderr
 
@@ -350,6 +349,6 @@ def test_a_study_of_other_graphs_is_not_packed(studied, service, tmp_path):
     path = tmp_path / "reviews-checkpoint/verdicts.json"
     record = record_of(service.results)
     record["graph_sha256"][record["conclusion"]["winner"]] = "0" * 64
-    common.write_json(path, record)
+    files.write_json(path, record)
     done = run_here(verdicts, "package", "--repository", service.repository, "--results", tmp_path)
     assert done.returncode == 1 and "expected a study of" in done.stderr

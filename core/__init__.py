@@ -1,0 +1,1 @@
+"""What must be the same everywhere: names, files, metrics, records, tables; checkpoints, tokens, the export."""

@@ -1,0 +1,112 @@
+"""A model repository on disk: where its parts lie, its record, its graphs. Nothing is written here.
+
+A repository is a folder of models as Triton serves it, with model.json, the record of its export, and all that
+its server needs. The task's own, model_repository/, has record and tokenizer in assets/ beside it.
+"""
+
+import re
+
+import onnx
+
+from core.files import read_json, sha256
+from core.tables import EMBEDDERS, ENGINES, MODELS, REFERENCE
+
+RECORD = "model.json"
+NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"  # of a service: it is a folder's name too
+PARTS = ("tokenizer", "postprocess", *EMBEDDERS.values())  # names that no service may have
+EXPORT = "run torch2onnx.py"
+
+
+def assets_of(repository):
+    """Folder of record and tokenizer: the repository itself, or assets/ beside the task's own."""
+    return repository if (repository / RECORD).is_file() else repository.resolve().parent / "assets"
+
+
+def is_own(repository):
+    """Whether record and tokenizer lie beside it, as the task's own has them."""
+    return not (repository / RECORD).is_file()
+
+
+def tokenizer_path(repository):
+    """tokenizer.json as the server reads it."""
+    return (assets_of(repository) if is_own(repository) else repository) / "tokenizer" / "tokenizer.json"
+
+
+def graph_path(repository, key):
+    """The ONNX graph of a model; key is one of MODELS."""
+    return repository / EMBEDDERS[key] / "1" / "model.onnx"
+
+
+def present(repository):
+    """Keys of the models whose graphs are there, the reference first."""
+    return [key for key in MODELS if graph_path(repository, key).is_file()]
+
+
+def engine_of(repository, key):
+    """Key of ENGINES that a repository's server asks for: TensorRT where there is a plan, and for the task's own."""
+    engine = MODELS[key].engine
+    wanted = graph_path(repository, key).with_name(ENGINES[engine].file)
+    return engine if wanted.is_file() or is_own(repository) else MODELS[REFERENCE].engine
+
+
+def check_name(name, where):
+    """Exit if a service cannot be called so: its name becomes a folder in the repository."""
+    if not isinstance(name, str) or not re.fullmatch(NAME, name) or name in PARTS:
+        raise SystemExit(
+            f"{where}: expected a service's name of letters, digits, dots and dashes, and none of {', '.join(PARTS)}; "
+            f"found {name!r}; choose another"
+        )
+    return name
+
+
+def read_card(repository):
+    """The record of a repository's export; exits where there is none, or one that is not to be trusted."""
+    path = assets_of(repository) / RECORD
+    card = read_json(path, EXPORT)
+    if not isinstance(card, dict) or not {"task", "inputs", "outputs", "reference_sha256"} <= card.keys():
+        raise SystemExit(
+            f"{path}: expected the record of an export, found another or that of an older version; {EXPORT}"
+        )
+    if card.get("service"):
+        check_name(card["service"].get("name"), path)
+    return card
+
+
+# --- graphs --------------------------------------------------------------------------
+
+
+def read_graph(path):
+    """Load an ONNX file; exits where it is missing or broken, with the command that makes it."""
+    remedy = EXPORT if path.parts[-3] == EMBEDDERS[REFERENCE] else "run quantize.py"
+    try:
+        graph = onnx.load(path)
+    except OSError as error:
+        raise SystemExit(f"{path}: expected an ONNX graph, found {error.strerror}; {remedy}") from None
+    except Exception as error:  # protobuf's DecodeError has moved between its versions
+        raise SystemExit(f"{path}: expected an ONNX graph, found a broken file ({error}); {remedy}") from None
+    if not graph.graph.output:
+        raise SystemExit(f"{path}: expected an ONNX graph, found an empty file; {remedy}")
+    return graph
+
+
+def graph_tensors(graph):
+    """{name: (ONNX element type, dims without the batch; -1 where dynamic)} of a graph's inputs and outputs."""
+    return {
+        v.name: (v.type.tensor_type.elem_type, tuple(d.dim_value or -1 for d in v.type.tensor_type.shape.dim)[1:])
+        for v in (*graph.graph.input, *graph.graph.output)
+    }
+
+
+def graph_properties(graph):
+    """{name: text} that quantize.py noted in a graph; empty for the reference."""
+    return {p.key: p.value for p in graph.metadata_props}
+
+
+def check_made_from(graph, path, reference_sha256):
+    """Exit unless the graph was made from the present reference, or is it."""
+    made_from = graph_properties(graph).get("reference_sha256") or sha256(path)
+    if made_from != reference_sha256:
+        raise SystemExit(
+            f"{path}: expected a graph made from the export {reference_sha256[:12]}, found one made from "
+            f"{made_from[:12]}; run quantize.py"
+        )

@@ -1,0 +1,107 @@
+"""Two of the project's three tables, precisions and engines, and the models that they make; tasks/ holds the third.
+
+Everything else loops over them: a further precision is a row here and a maker of graphs in precision/, a further
+engine a row here and a folder in serving/backends/.
+"""
+
+from collections import namedtuple
+from dataclasses import dataclass
+
+# bytes per element of a Linear with Q/DQ (input, weight, output) and of every other layer
+Element = namedtuple("Element", "input weight output other")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """One arithmetic. A plan is a TensorRT engine file; a typed graph fixes the precision by its tensors' types."""
+
+    maker: str  # function of precision/makers.py that makes the graph
+    served: bool  # whether it is one of the task's four TensorRT models
+    trt10_graph: str  # what trtexec 10 builds by default from: the "reference" or the "typed" graph
+    trt10_flags: tuple  # with which flags; from TensorRT 11 on the typed graph alone says it
+    plan_has: str | None  # the precision of which a plan must have layers
+    element: Element
+    peak: str  # column of assets/hardware.csv: what multiplies in a Linear
+    other_peak: str  # and in QKᵀ and AV, which have no Q/DQ
+    target: dict | None  # what the search for INT8 keeps on the texts that select
+    gate: dict | None  # what client.py --check allows on texts that made no choice, averages over texts
+    line: object  # style in pictures, readable in black and white
+    marker: str
+    on_cpu: bool  # whether ONNX Runtime's CPU kernels execute its graph
+
+
+# the gates are what keeps rankings of texts: FP32 may be TF32 on a GPU, as coarse as FP16; FP16: ten times what
+# MiniLM shows; INT8 and BEST: wider than the search's target, which holds on other texts
+FLOAT_GATE = {"relative_l2_error": 0.01, "mean_cosine": 0.9999}
+INT8_TARGET = {"relative_l2_error": 0.10, "mean_cosine": 0.99}
+INT8_GATE = {"relative_l2_error": 0.12, "mean_cosine": 0.985}
+
+# name: maker, served, graph and flags for TensorRT 10, plan_has, bytes, peaks, target, gate, picture, on_cpu
+PRECISIONS = {
+    "FP32": Precision(
+        "link_reference", True, "reference", (), None, Element(4, 4, 4, 4), "FP32", "FP32",
+        None, FLOAT_GATE, "-", "s", True,
+    ),
+    "TF32": Precision(  # stored as FP32; never a model of its own: it is what a GPU makes of FP32
+        "emulate_tf32", False, "reference", (), None, Element(4, 4, 4, 4), "TF32", "TF32",
+        None, FLOAT_GATE, (0, (1, 1)), "P", True,
+    ),
+    "FP16": Precision(
+        "convert_fp16", True, "reference", ("--fp16",), "FP16", Element(2, 2, 2, 2), "FP16", "FP16",
+        None, FLOAT_GATE, "--", "^", True,
+    ),
+    "INT8": Precision(  # FP32 around the Q/DQ pairs: it shows the arithmetic
+        "insert_int8", True, "typed", ("--int8",), "INT8", Element(1, 1, 4, 4), "INT8", "FP32",
+        INT8_TARGET, INT8_GATE, "-.", "D", True,
+    ),
+    "BEST": Precision(  # FP16 around them: the one to deploy
+        "insert_int8_fp16", True, "typed", ("--best",), "INT8", Element(1, 1, 2, 2), "INT8", "FP16",
+        INT8_TARGET, INT8_GATE, ":", "v", True,
+    ),
+}  # fmt: skip
+SERVED = tuple(name for name, row in PRECISIONS.items() if row.served)
+REFERENCE = "ONNX"
+REFERENCE_LINE, REFERENCE_MARKER = (0, (5, 1)), "o"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What executes a model, as its config names it and as the server's answer shows it."""
+
+    title: str
+    platform: str  # of config.pbtxt
+    file: str  # that it needs in the version folder
+    stand_in: str  # what executes it where the server reports "runtime": "model.py", a Python-based backend of ours
+
+
+ENGINES = {
+    "onnxruntime": Engine("ONNX Runtime", "onnxruntime_onnx", "model.onnx", "ONNX Runtime, CPU"),
+    "tensorrt": Engine("TensorRT", "tensorrt_plan", "model.plan", "ONNX Runtime, CPU"),
+}
+
+Model = namedtuple("Model", "name engine precision")
+# key in results and suffix of the ensemble's outputs -> the served model
+MODELS = {REFERENCE: Model("model_ONNX", "onnxruntime", "FP32")}
+MODELS |= {f"TRT_{p}": Model(f"model_TRT_{p}", "tensorrt", p) for p in SERVED}
+EMBEDDERS = {key: model.name for key, model in MODELS.items()}
+
+
+def model_key(precision):
+    """Key of the model that serves a precision: ONNX -> ONNX, FP16 -> TRT_FP16."""
+    return precision if precision == REFERENCE else f"TRT_{precision}"
+
+
+# names of tensors
+TEXT, INPUT_IDS, ATTENTION_MASK, TOKEN_TYPE_IDS = "TEXT", "INPUT_IDS", "ATTENTION_MASK", "TOKEN_TYPE_IDS"
+EMBEDDING, LOGITS, LABEL, SCORE = "EMBEDDING", "LOGITS", "LABEL", "SCORE"
+
+MAX_LENGTH = 128  # tokens per text of the task's own embedders
+MAX_BATCH_SIZE = 8  # the largest batch of the plans: --maxShapes of build_trt.sh
+OPT_BATCH_SIZE = 4  # the batch that a plan's tactics are chosen for
+OPT_LENGTH = 128  # and the length, where it is dynamic
+
+# the image that builds plans and serves them: the last Triton with TensorRT 10. A plan loads on its own version only
+IMAGE = "nvcr.io/nvidia/tritonserver:26.05-py3"
+SDK_IMAGE = f"{IMAGE}-sdk"
+PINNED_TENSORRT = "10.16.1"
+TRITON_TENSORRT = {"2.69.0": PINNED_TENSORRT}  # Triton's version -> its TensorRT's

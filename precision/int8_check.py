@@ -1,0 +1,77 @@
+"""Check of a graph with Q/DQ: signed, symmetric, weights per channel, and at the inputs of MatMuls alone."""
+
+import onnx
+from onnx import numpy_helper
+
+from precision.int8_graph import GraphIndex, transposed
+
+
+def quantized_matmuls(graph):
+    """Names of MatMul and Gemm nodes whose both operands come from DequantizeLinear."""
+    producer = {output: node for node in graph.graph.node for output in node.output}
+
+    def dequantized(name):
+        node = producer.get(name)
+        while node is not None and node.op_type in ("Transpose", "Cast"):
+            node = producer.get(node.input[0])
+        return node is not None and node.op_type == "DequantizeLinear"
+
+    nodes = (n for n in graph.graph.node if n.op_type in ("MatMul", "Gemm"))
+    return {n.name for n in nodes if dequantized(n.input[0]) and dequantized(n.input[1])}
+
+
+def readers_of(index, name, transposes=0):
+    """[(node, how many Transposes are before it)] of what reads a tensor, through Transpose and Cast."""
+    found = []
+    for node in index.readers.get(name, []):
+        if node.op_type in ("Transpose", "Cast"):
+            found += readers_of(index, node.output[0], transposes + (node.op_type == "Transpose"))
+        else:
+            found.append((node, transposes))
+    return found
+
+
+def check_dequantized(path, index, node):
+    """Exit unless MatMuls alone read a DequantizeLinear, and a weight has one step per output channel."""
+    readers = readers_of(index, node.output[0])
+    other = [f"{r.op_type} {r.name}" for r, _ in readers if r.op_type not in ("MatMul", "Gemm")]
+    if other or not readers:
+        raise SystemExit(
+            f"{path}: expected MatMul or Gemm alone behind {node.name}, found {(other or ['nothing'])[0]}; "
+            "report it with the model's name"
+        )
+    weight, scale = (index.constants.get(name) for name in node.input[:2])
+    if weight is None:
+        return
+    axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+    for reader, transposes in readers:
+        output_axis = (1 + transposes + transposed(reader)) % 2
+        if scale is None or list(scale.dims) != [weight.dims[output_axis]] or axis != output_axis:
+            raise SystemExit(
+                f"{path}: expected a step per output channel of {reader.name}, {weight.dims[output_axis]} on axis "
+                f"{output_axis}, found {list(scale.dims) if scale else 'none'} on {axis}; report it with the model's name"
+            )
+
+
+def check_quantization(path, graph, asked):
+    """Exit unless Q/DQ is what TensorRT takes: signed, symmetric, per channel, and on the MatMuls asked for."""
+    index = GraphIndex(graph)
+    for node in index.nodes:
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            index.constants[node.output[0]] = node.attribute[0].t
+    for node in index.nodes:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        zero = index.constants.get(node.input[2]) if len(node.input) > 2 else None  # without one: unsigned
+        if zero is None or zero.data_type != onnx.TensorProto.INT8 or numpy_helper.to_array(zero).any():
+            raise SystemExit(
+                f"{path}: expected signed INT8 with zero point 0 at {node.name}, found another or none; TensorRT refuses it"
+            )
+        if node.op_type == "DequantizeLinear":
+            check_dequantized(path, index, node)
+    found = quantized_matmuls(graph)
+    if found != set(asked):
+        other = sorted(found ^ set(asked))[0]
+        raise SystemExit(
+            f"{path}: expected INT8 on the MatMuls asked for, found another choice at {other}; report it with the model's name"
+        )

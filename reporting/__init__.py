@@ -1,0 +1,1 @@
+"""results/ -> Markdown and pictures."""

@@ -1,0 +1,71 @@
+"""Python-based Triton backend: executes a model's ONNX graph with ONNX Runtime on the CPU.
+
+Serves `platform: "onnxruntime_onnx"` where Triton has no compiled ONNX Runtime backend.
+Reads <model>/<version>/model.onnx; names, types and shapes come from the model's config.
+Understands the compiled backend's parameter intra_op_thread_count, and spinning (see
+onnx_runtime.open_session).
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from core.onnx_runtime import open_session
+
+
+class TritonPythonModel:
+    @staticmethod
+    def auto_complete_config(auto_complete_model_config):
+        """Leave the config as it is written: configs are complete."""
+        return auto_complete_model_config
+
+    def initialize(self, args):
+        """Load the graph once."""
+        config = json.loads(args["model_config"])
+        self.inputs = [tensor["name"] for tensor in config["input"]]
+        self.outputs = [tensor["name"] for tensor in config["output"]]
+        self.output_types = [pb_utils.triton_string_to_numpy(tensor["data_type"]) for tensor in config["output"]]
+        self.batches = config["max_batch_size"] > 0
+        path = Path(args["model_repository"]) / args["model_version"] / "model.onnx"
+        settings = {key: value["string_value"] for key, value in config.get("parameters", {}).items()}
+        threads = int(settings.get("intra_op_thread_count", 0))
+        options = {"spinning": settings["spinning"]} if "spinning" in settings else {}
+        try:
+            self.session = open_session(path, threads, **options)
+        except Exception as error:  # ONNX Runtime's exceptions share no other base
+            raise pb_utils.TritonModelException(
+                f"{path}: expected a graph that ONNX Runtime loads, found: {error}"
+            ) from None
+
+    def execute(self, requests):
+        """One run for all requests, answers split again along the batch axis."""
+        if not self.batches:
+            return [self.run([request])[0] for request in requests]
+        return self.run(requests)
+
+    def run(self, requests):
+        """Responses to requests that are executed as one batch."""
+        feeds = {}
+        for name in self.inputs:
+            parts = [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for request in requests]
+            feeds[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        sizes = [len(pb_utils.get_input_tensor_by_name(request, self.inputs[0]).as_numpy()) for request in requests]
+        try:
+            results = self.session.run(self.outputs, feeds)
+        except Exception as error:  # as above
+            if len(requests) > 1:  # one bad request must not fail its neighbours
+                return [self.run([request])[0] for request in requests]
+            return [pb_utils.InferenceResponse(error=pb_utils.TritonError(f"ONNX Runtime: {error}"))]
+        results = [result.astype(kind, copy=False) for result, kind in zip(results, self.output_types, strict=True)]
+        if len(requests) == 1:
+            return [self.response(results)]
+        stops = np.cumsum(sizes)
+        return [
+            self.response([r[stop - size : stop] for r in results]) for size, stop in zip(sizes, stops, strict=True)
+        ]
+
+    def response(self, arrays):
+        """Arrays in the order of the config's outputs -> response."""
+        return pb_utils.InferenceResponse([pb_utils.Tensor(n, a) for n, a in zip(self.outputs, arrays, strict=True)])

@@ -1,0 +1,96 @@
+"""The client's side of a running server: connecting, asking, and reading back what executes each model."""
+
+import functools
+from http.client import HTTPException
+
+import numpy as np
+import tritonclient.grpc
+import tritonclient.http
+from tritonclient.utils import InferenceServerException
+
+from core.tables import ENGINES, TEXT
+
+HTTP_URL, GRPC_URL = "127.0.0.1:8000", "127.0.0.1:8001"
+# what tritonclient raises where the server is gone, refuses, or the url is no host:port
+SERVER_ERRORS = (OSError, HTTPException, InferenceServerException)
+TIMEOUT_S = 600.0  # a request of many texts may take that long on a CPU
+
+
+@functools.cache
+def connect(url, protocol):
+    """(client, its module) for host:port; protocol is http or grpc. Connects once per url."""
+    if protocol == "http":
+        return tritonclient.http.InferenceServerClient(url, network_timeout=TIMEOUT_S), tritonclient.http
+    return tritonclient.grpc.InferenceServerClient(url), tritonclient.grpc
+
+
+def default_url(protocol):
+    """Where serve.sh starts by default."""
+    return HTTP_URL if protocol == "http" else GRPC_URL
+
+
+def infer(model, tensors, outputs, url, protocol="http"):
+    """Send arrays by name to a model; returns {output: array}.
+
+    Strings go as an object array of bytes, other arrays as int64. Raises one of SERVER_ERRORS.
+    """
+    client, module = connect(url, protocol)
+    inputs = []
+    for name, values in tensors.items():
+        inputs.append(module.InferInput(name, list(values.shape), "BYTES" if values.dtype == object else "INT64"))
+        inputs[-1].set_data_from_numpy(values)
+    response = client.infer(model, inputs, outputs=[module.InferRequestedOutput(name) for name in outputs])
+    return {name: response.as_numpy(name) for name in outputs}
+
+
+def text_tensor(texts):
+    """{TEXT: [texts, 1]} as infer takes it."""
+    return {TEXT: np.array([[text.encode()] for text in texts], dtype=object)}
+
+
+def read_config(model, url, protocol):
+    """A model's config as the server has it, as a dict."""
+    client, _ = connect(url, protocol)
+    return (
+        client.get_model_config(model) if protocol == "http" else client.get_model_config(model, as_json=True)["config"]
+    )
+
+
+def executed_by(config):
+    """What executes a model, from its config as the server shows it: "TensorRT, GPU", "ONNX Runtime, CPU"."""
+    engine = next((e for e in ENGINES.values() if e.platform in (config.get("platform"), config.get("backend"))), None)
+    if engine is None:
+        return config.get("backend") or config.get("platform") or "unknown"
+    if config.get("runtime") == "model.py":  # a Python-based backend of ours
+        return engine.stand_in
+    kinds = {group.get("kind", "KIND_AUTO").removeprefix("KIND_") for group in config.get("instance_group", [{}])}
+    return f"{engine.title}, {'/'.join(sorted(kinds))}"
+
+
+def check_url(url):
+    """Exit unless the url is HOST:PORT."""
+    if "/" in url or ":" not in url:
+        raise SystemExit(f"--url: expected HOST:PORT, found {url}; leave scheme and path out")
+
+
+def read_server(url, protocol, models):
+    """{"name", "version", "protocol", "engines": {model's key: what executes it}}; exits unless all are ready.
+
+    models: {key: name in the repository}, of which those without an engine (the tokenizer, an ensemble) are only
+    asked whether they are ready.
+    """
+    check_url(url)
+    try:
+        client, _ = connect(url, protocol)
+        for model in models.values():
+            if not client.is_model_ready(model):
+                raise SystemExit(
+                    f"{url}: expected model {model} ready, found it is not; serve this repository: ./serve.sh status, then its log"
+                )
+        metadata = client.get_server_metadata() if protocol == "http" else client.get_server_metadata(as_json=True)
+        configs = {key: read_config(model, url, protocol) for key, model in models.items()}
+    except SERVER_ERRORS as error:
+        raise SystemExit(f"{url}: expected a Triton server ({protocol}), found: {error}; ./serve.sh start") from None
+    platforms = [engine.platform for engine in ENGINES.values()]
+    engines = {key: executed_by(config) for key, config in configs.items() if config.get("platform") in platforms}
+    return {key: metadata[key] for key in ("name", "version")} | {"protocol": protocol, "engines": engines}

@@ -1,0 +1,1 @@
+"""Whether the verdicts of each precision are those of the original model."""
