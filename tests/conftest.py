@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -87,6 +88,15 @@ def copy_repository(chain, folder):
     return folder / "model_repository"
 
 
+def link_copy(source, target):
+    """A service's repository of one's own to break: links to the graphs, copies of the rest."""
+    return Path(
+        shutil.copytree(
+            source, target, copy_function=lambda a, b: os.link(a, b) if a.endswith(".onnx") else shutil.copy(a, b)
+        )
+    )
+
+
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory):
     """MiniLM exported and quantized into a folder of its own."""
@@ -146,9 +156,9 @@ def reviews(trained, tmp_path_factory):
 @pytest.fixture(scope="session")
 def service(reviews):
     """The classifier, served."""
-    done, (http, _) = start_server(reviews.repository)
+    done, (http, grpc) = start_server(reviews.repository)
     assert done.returncode == 0, done.stderr
-    reviews.http_port, reviews.http = http, f"127.0.0.1:{http}"
+    reviews.http_port, reviews.http, reviews.grpc = http, f"127.0.0.1:{http}", f"127.0.0.1:{grpc}"
     yield reviews
     succeed("serve.sh", "stop", "--http-port", http)
 
