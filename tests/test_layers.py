@@ -9,6 +9,7 @@ from roofline.counts import compare_counts, count_closed_form, count_fvcore, cou
 from roofline.layers import UnknownLayer, by_kind, list_layers
 from roofline.model import cost, is_matmul
 from roofline.record import count_flops
+from roofline.times import make_call, tiny
 from tasks.embedding import Embedder
 
 LENGTH = 32
@@ -122,6 +123,15 @@ def test_kinds_add_up_to_the_layers():
         return sum(r["calls"] * cost(r, 1, LENGTH).flops for r in rows)
 
     assert total(by_kind(layers)) == total(layers)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_every_kind_of_layer_can_be_timed_in_the_models_shapes(name):
+    for layer in by_kind(list_layers(embed(ENCODERS[name]), LENGTH)):
+        for shape, batch, length in ((layer, 3, LENGTH), (tiny(layer), 1, 1)):
+            function, inputs, weights = make_call(shape, batch, length, "cpu")
+            if layer["op"] != "table":  # which is gathered once, whatever the batch
+                assert function(*inputs, *weights).numel() == cost(shape, batch, length).outputs, layer
 
 
 # --- what is refused -----------------------------------------------------------------
