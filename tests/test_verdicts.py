@@ -38,10 +38,16 @@ def logits_of(results, name):
     return {label: np.array([float(row[f"{name} {label}"]) for row in rows]) for label in ("negative", "positive")}
 
 
+STUDY = ("--agreement", 0.9, "--precision", 1)
+
+
 @pytest.fixture(scope="session")
 def studied(service):
-    """A study of five models through the server, with a bound that few texts can show."""
-    done = study(service, "--url", service.http, "--agreement", 0.9)
+    """A study of five models through the server, with a bound that few texts can show.
+
+    The precision is so high that the threshold is not where the two logits are equal.
+    """
+    done = study(service, "--url", service.http, *STUDY)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -50,7 +56,7 @@ def test_study_through_the_server_shows_every_model_and_a_conclusion(studied, se
     record = record_of(service.results)
     assert list(record["models"]) == ["torch", "ONNX", "TRT_FP16", "TRT_INT8", "TRT_BEST"]
     assert record["server"]["version"] and record["models"]["ONNX"]["engine"] == "ONNX Runtime, CPU"
-    assert record["models"]["torch"]["quality"]["precision"]["value"] >= 0.9
+    assert record["models"]["torch"]["quality"]["precision"]["value"] == 1
     for name in ("ONNX", "TRT_FP16"):
         assert record["models"][name]["flips"] == 0
     for name, row in record["models"].items():
@@ -89,7 +95,7 @@ def test_the_record_says_which_training_and_which_calibration_is_behind_it(studi
 
 
 def test_the_same_study_in_process_agrees(studied, service, tmp_path):
-    assert study(service, "--agreement", 0.9, results=tmp_path).returncode == 0
+    assert study(service, *STUDY, results=tmp_path).returncode == 0
     here, served = record_of(tmp_path), record_of(service.results)
     assert here["server"] is None and "in process" in here["models"]["ONNX"]["engine"]
     for name in ("torch", "ONNX", "TRT_FP16"):
@@ -165,12 +171,10 @@ def test_the_package_serves_the_verdict_that_was_studied(packed, service):
     record = record_of(service.results)
     assert record["served_verdict"] == "threshold"
     logits, threshold = logits_of(service.results, record["conclusion"]["winner"]), record["threshold"]
-    distance = np.abs(logits["positive"] - threshold)
-    other = (logits["positive"] >= threshold) != (logits["positive"] > logits["negative"])
-    # the nearest on either side would fall to another padding of an INT8 graph; the next ones do not
-    near = [i for i in np.argsort(distance) if distance[i] > 0.1][:6]
-    chosen = sorted({*near, *np.flatnonzero(other & (distance > 0.1))[:6]})
-    assert other[chosen].any() and not other[chosen].all()
+    distance, reaches = np.abs(logits["positive"] - threshold), logits["positive"] >= threshold
+    other = np.flatnonzero(reaches != (logits["positive"] > logits["negative"]))
+    assert len(other)  # texts that the largest logit would answer otherwise
+    chosen = sorted({*np.argsort(distance)[:6], *other[:6]})
     texts, _ = labelled.read_labelled(labelled.REVIEWS, "text", "label")
     done, (http, _) = start_server(packed[1] / "model_repository")
     assert done.returncode == 0, done.stderr
@@ -181,10 +185,13 @@ def test_the_package_serves_the_verdict_that_was_studied(packed, service):
     finally:
         succeed("serve.sh", "stop", "--http-port", http)
     for i, answer in zip(chosen, answers, strict=True):
-        positive = logits["positive"][i] >= threshold
+        found = answer[LOGITS][0]
+        positive = bool(found[1] >= threshold)
         assert answer[LABEL].item().decode() == ("positive" if positive else "negative"), texts[i]
-        scores = np.exp(answer[LOGITS][0]) / np.exp(answer[LOGITS][0]).sum()
-        assert answer[SCORE].item() == pytest.approx(scores[int(positive)], abs=1e-5)  # of the label that is answered
+        # of the label that is answered
+        assert answer[SCORE].item() == pytest.approx(np.exp(found[int(positive)]) / np.exp(found).sum(), abs=1e-5)
+        # alone and in a batch a text's INT8 logits differ a little: at the threshold itself that decides
+        assert positive == reaches[i] or distance[i] < 0.1, texts[i]
 
 
 def test_a_plan_that_was_built_after_the_study_is_not_packed(studied, service, tmp_path):
