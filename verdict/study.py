@@ -9,6 +9,7 @@ from core.labelled import class_indices, read_labelled
 from core.record import environment_record, results_folder
 from core.repository import graph_path, graph_properties, read_graph
 from core.tables import EMBEDDERS, REFERENCE
+from verdict import statistics
 from verdict.logits import (
     SAME_MODEL_ERROR,
     check_served_models,
@@ -20,19 +21,6 @@ from verdict.logits import (
     torch_logits,
 )
 from verdict.show import print_study
-from verdict.statistics import (
-    CONFIDENCE,
-    choose_threshold,
-    confusion,
-    curve,
-    deviation,
-    exact_interval,
-    mcnemar,
-    quality,
-    resample,
-    restored,
-    texts_for,
-)
 
 ALIKE = 1.05  # latencies so near are told apart by noise, not by the models
 
@@ -72,7 +60,7 @@ def find_threshold(args, logits, classes, positive):
     if positive is None:
         return None
     try:
-        return choose_threshold(logits[:, positive], classes == 1, args.precision)
+        return statistics.choose_threshold(logits[:, positive], classes == 1, args.precision)
     except ValueError as error:
         raise SystemExit(f"{args.data}: {error}; lower --precision, or give more texts") from None
 
@@ -122,17 +110,19 @@ def compare(name, logits, reference, classes, positive, threshold, weights):
     count = 2 if positive is not None else logits.shape[1]
     agree = verdicts == expected
     over = [1] if positive is not None else range(count)
-    row = {"quality": quality(verdicts, classes, over, weights), "flips": int((~agree).sum())}
+    row = {"quality": statistics.quality(verdicts, classes, over, weights), "flips": int((~agree).sum())}
     if positive is not None:
-        row["curve"] = curve(logits[:, positive], classes == 1)
+        row["curve"] = statistics.curve(logits[:, positive], classes == 1)
     if name == "torch":
         return row
     scores, original = (v if positive is None else v[:, positive] for v in (logits, reference))
-    row["agreement"] = exact_interval(agree.sum(), len(agree))
-    row["deviation"] = deviation(original, scores)
-    row["confusion"] = confusion(expected, verdicts, count)
-    row["mcnemar"] = mcnemar(expected == classes, verdicts == classes)
-    row["closest_threshold"] = restored(scores, expected, threshold) if positive is not None and row["flips"] else None
+    row["agreement"] = statistics.exact_interval(agree.sum(), len(agree))
+    row["deviation"] = statistics.deviation(original, scores)
+    row["confusion"] = statistics.confusion(expected, verdicts, count)
+    row["mcnemar"] = statistics.mcnemar(expected == classes, verdicts == classes)
+    row["closest_threshold"] = (
+        statistics.restored(scores, expected, threshold) if positive is not None and row["flips"] else None
+    )
     return row
 
 
@@ -164,7 +154,7 @@ def conclude(rows, bound, count):
     alike = [c for c in passing if c["latency_p50_ms"] <= fastest * ALIKE]
     winner = min(alike, key=lambda c: rows[c["model"]]["deviation"]["max_abs"], default=None)
     rule = (
-        f"the fastest model whose agreement with torch has a lower bound above {bound:g} (exact {CONFIDENCE:.0%} interval); "
+        f"the fastest model whose agreement with torch has a lower bound above {bound:g} (exact {statistics.CONFIDENCE:.0%} interval); "
         f"of those as fast within {ALIKE - 1:.0%} the one whose logits deviate least"
     )
     if winner:
@@ -174,8 +164,8 @@ def conclude(rows, bound, count):
         )
     else:
         text = f"none: no model passes on {count} texts"
-    if count < texts_for(bound):
-        text += f"; even full agreement needs at least {texts_for(bound)} texts to pass"
+    if count < statistics.texts_for(bound):
+        text += f"; even full agreement needs at least {statistics.texts_for(bound)} texts to pass"
     return {
         "rule": rule,
         "agreement": bound,
@@ -224,7 +214,7 @@ def study(args, card):
     latency = measure_latency(source, keys, texts)
     reference = logits["torch"]
     threshold = find_threshold(args, reference, classes, positive)
-    weights = resample(len(texts), args.resamples, args.seed)
+    weights = statistics.resample(len(texts), args.resamples, args.seed)
     rows, flips = {}, {}
     for name, values in logits.items():
         rows[name] = compare(name, values, reference, classes, positive, threshold, weights)
@@ -247,7 +237,7 @@ def study(args, card):
         "precision": None if positive is None else args.precision,
         "threshold": threshold,
         "served_verdict": served_verdict(card, positive),
-        "bootstrap": {"resamples": args.resamples, "seed": args.seed, "confidence": CONFIDENCE},
+        "bootstrap": {"resamples": args.resamples, "seed": args.seed, "confidence": statistics.CONFIDENCE},
         "models": rows,
         "conclusion": conclude(rows, args.agreement, len(texts)),
     }
