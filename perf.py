@@ -14,10 +14,10 @@ rounds differ by more than the stability limit they are repeated, twice as long,
 marked unstable. A window counts only if the server executed exactly the requests that
 perf_analyzer sent, and no other model was called.
 
-Earlier results of the same model, server and settings keep the levels that are not measured
-again; others are replaced when the last level is done. Until then the finished levels lie in
-perf.partial/ beside perf.json. They stay there if the run is interrupted, or if a level is
-refused and perf.json has earlier results; the next run with the same settings takes them in.
+perf.json is replaced when the last level is done; earlier levels of the same model, server
+and settings that were not measured again stay in it. Until then the finished levels lie in
+perf.partial/. Where the run is interrupted, or a level is refused and there are earlier
+results, they stay there, and the next run with the same settings takes them in.
 
 perf_analyzer is taken from PATH; where there is none (or only the empty package of that
 name), from the tritonclient wheel that carries it; with --docker from the pinned SDK image.
@@ -91,26 +91,23 @@ def read_earlier(path, record):
     return old if same and old["model"]["reference_sha256"] == record["model"]["reference_sha256"] else None
 
 
+def level_of(row):
+    return row["model"], row["concurrency"]
+
+
 def merge(old, new):
     """The new record with the levels of the old one that it has not measured. A refused level replaces none."""
     if old is None:
         return new
-    rows = {}
-    for row in (*old["rows"], *new["rows"]):
-        level = row["model"], row["concurrency"]
-        if "error" not in row or level not in rows:
-            rows[level] = row
-
-    def place(level):
-        return KEYS.index(level[0]), level[1]
-
-    planned = sorted({tuple(level) for level in old["planned"] + new["planned"]}, key=place)
-    merged = new | {"planned": list(map(list, planned)), "rows": [rows[level] for level in sorted(rows, key=place)]}
-    merged["bare_infer_per_s"] = old["bare_infer_per_s"] | new["bare_infer_per_s"]
-    if any(row is kept for row in old["rows"] for kept in merged["rows"]):
+    rows = {level_of(row): row for row in new["rows"]}
+    kept = {level_of(row): row for row in old["rows"] if "error" in rows.get(level_of(row), {"error": ""})}
+    rows |= kept
+    planned = sorted(map(tuple, old["planned"] + new["planned"]), key=lambda level: (KEYS.index(level[0]), level[1]))
+    planned = list(dict.fromkeys(planned))
+    merged = new | {"planned": list(map(list, planned)), "rows": [rows[level] for level in planned if level in rows]}
+    if kept:
         merged["earlier_environments"] = [*old.get("earlier_environments", []), old["environment"]]
-    add_served_to_bare(merged)
-    return merged
+    return merged | {"bare_infer_per_s": old["bare_infer_per_s"] | new["bare_infer_per_s"]}
 
 
 def add_served_to_bare(record):
@@ -121,10 +118,23 @@ def add_served_to_bare(record):
             # one request at a time cannot be batched; more can
             alone = row["concurrency"] == 1 and row["batch_size"] == 1
             row["served_to_bare"] = row["throughput_infer_per_s"] / (bare["1"] if alone else max(bare.values()))
+    return record
 
 
 def csv_name(row):
     return f"{row['model']}_concurrency_{row['concurrency']}.csv"
+
+
+def save_rows(rows, record, unfinished, partial):
+    """Add the rows of one concurrency to the record and write perf.partial/."""
+    if not unfinished and not record["rows"]:  # what lies there is of other settings
+        shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True, exist_ok=True)
+    for row in rows:
+        if csv := row.pop("csv", None):
+            (partial / csv_name(row)).write_text(csv)
+    record["rows"] = sorted(record["rows"] + rows, key=lambda row: record["planned"].index(list(level_of(row))))
+    write_json(partial / "perf.json", add_served_to_bare(merge(unfinished, record)))
 
 
 def publish(record, folder, partial):
@@ -133,24 +143,22 @@ def publish(record, folder, partial):
         for name in map(csv_name, record["rows"]):
             if source := next((p for p in (partial / name, folder / "perf" / name) if p.is_file()), None):
                 shutil.copy(source, temporary / name)
-    write_json(folder / "perf.json", record)
+    write_json(folder / "perf.json", add_served_to_bare(record))
     shutil.rmtree(partial)
 
 
 # --- measuring -----------------------------------------------------------------------
 
 
-def measure_all(args, record, models, partial):
-    """Every planned level into the record; perf.partial/ is written after each concurrency."""
-    # here, since numpy, ONNX Runtime and tritonclient are to be imported after the arguments were parsed
+def measure_all(args, record, models, unfinished, partial):
+    """Every planned level into the record; perf.partial/ is written and rows are printed after each concurrency."""
+    # here, since ONNX Runtime and tritonclient take longer to import than -h may
     from core.repository import graph_path, tokenizer_path
     from core.tokens import load_tokenizer
     from serving import bare, load
 
-    names, texts = record["model"]["inputs"], read_texts(TEXTS)
+    names, texts, engines = record["model"]["inputs"], read_texts(TEXTS), record["server"]["engines"]
     tokenizer = load_tokenizer(tokenizer_path(args.repository))
-    taken_in = read_earlier(partial / "perf.json", record)
-    engines = record["server"]["engines"]
     with tempfile.TemporaryDirectory() as temporary:
         tool = find_perf_analyzer(args.docker, temporary)
         inputs = load.write_inputs(texts, tokenizer, names, Path(temporary))
@@ -158,7 +166,7 @@ def measure_all(args, record, models, partial):
             graphs = {key: graph_path(args.repository, key) for key in models if key in engines}
             window_s = args.window_s / (2 if args.quick else 1)
             record["bare_infer_per_s"] = bare.measure_bare(graphs, texts, tokenizer, names, window_s)
-        windows = len(record["planned"]) * (1 + load.ROUNDS)
+        windows = len(record["planned"]) * (1 + args.rounds)
         with tqdm(total=windows, desc="perf", unit="window", mininterval=1) as progress:
             for concurrency in args.concurrency:
                 levels = [
@@ -166,24 +174,9 @@ def measure_all(args, record, models, partial):
                     for key, model in models.items()
                 ]
                 rows = load.measure_levels(tool, args, levels, progress)
-                if taken_in is None and not record["rows"]:  # of other settings: not to be mixed with these
-                    shutil.rmtree(partial, ignore_errors=True)
-                save_rows(record, rows, taken_in, partial)
-
-
-def save_rows(record, rows, taken_in, partial):
-    """Add the rows of one concurrency to the record, print them, and write perf.partial/."""
-    partial.mkdir(parents=True, exist_ok=True)
-    for row in rows:
-        if csv := row.pop("csv", None):
-            (partial / csv_name(row)).write_text(csv)
-    record["rows"] += rows
-    record["rows"].sort(key=lambda row: record["planned"].index([row["model"], row["concurrency"]]))
-    add_served_to_bare(record)
-    write_json(partial / "perf.json", merge(taken_in, record))
-    for row in rows:
-        tqdm.write(describe_row(row), file=sys.stdout)
-    sys.stdout.flush()
+                save_rows(rows, record, unfinished, partial)
+                tqdm.write("\n".join(map(describe_row, rows)), file=sys.stdout)
+                sys.stdout.flush()
 
 
 def describe_row(row):
@@ -197,48 +190,31 @@ def describe_row(row):
     return f"{head}  {row['throughput_infer_per_s']:8.1f} infer/s  {latency}{ratio}{mark}"
 
 
-def describe_partial(partial):
-    """Where an unfinished run left its levels."""
-    if not (partial / "perf.json").exists():
-        return "no level was finished"
-    return f"the finished levels are in {partial}, and the next run with the same settings takes them in"
-
-
-def report_refused(rows, what):
-    """Exit 1 where levels were refused; `what` says where the measured ones are."""
-    failed = [f"{row['model']} at concurrency {row['concurrency']}: {row['error']}" for row in rows if "error" in row]
-    if failed:
+def report_levels(rows, limit, path):
+    """Exit 1 where levels were refused, 3 where all were measured and some are unstable."""
+    names = {f"{row['model']} at concurrency {row['concurrency']}": row for row in rows}
+    refused = [f"{name}: {row['error']}" for name, row in names.items() if "error" in row]
+    if refused:
         raise SystemExit(
-            f"expected {len(rows)} levels measured, found {len(failed)} refused; first: {failed[0]}; {what}"
+            f"expected {len(rows)} levels measured, found {len(refused)} refused; {refused[0]}; see {path}"
         )
-
-
-def report_unstable(rows, limit):
-    """Exit 3 where all levels were measured and some are unstable."""
-    unstable = [f"{row['model']} at concurrency {row['concurrency']}" for row in rows if not row["stable"]]
-    if unstable:
-        print(
-            f"expected every level stable within {limit:g} %, found and marked: {', '.join(unstable)}", file=sys.stderr
-        )
+    if unstable := ", ".join(name for name, row in names.items() if not row["stable"]):
+        print(f"expected every level stable within {limit:g} %, found and marked: {unstable}", file=sys.stderr)
         sys.exit(EXIT_UNSTABLE)
 
 
 def make_record(args, card, server, models, memory_mib):
     """perf.json before its first level."""
+    settings = {
+        key: getattr(args, key) for key in ("protocol", "batch_size", "window_s", "rounds", "stability_percent")
+    }
     return {
         "model": card,
         "environment": environment_record(),
         "server": server,
         "server_memory_mib": memory_mib,
         "quick": args.quick,
-        "settings": {
-            "protocol": args.protocol,
-            "batch_size": args.batch_size,
-            "window_s": args.window_s,
-            "rounds": 3,
-            "stability_percent": args.stability_percent,
-            "inputs": f"{TEXTS.name}, {len(read_texts(TEXTS))} texts",
-        },
+        "settings": settings | {"inputs": f"{TEXTS.name}, {len(read_texts(TEXTS))} texts"},
         "planned": [[model, concurrency] for model in models for concurrency in args.concurrency],
         "bare_infer_per_s": {},
         "rows": [],
@@ -247,15 +223,15 @@ def make_record(args, card, server, models, memory_mib):
 
 def main():
     args = parse_args()
-    # here, since onnx, ONNX Runtime and tritonclient take longer to import than -h may
+    # here, since onnx and tritonclient take longer to import than -h may
     from core.repository import read_card
     from serving.check import check_served
     from serving.counters import server_memory_mib
-    from serving.load import served_models
+    from serving.load import ROUNDS, served_models
     from serving.server import SERVER_ERRORS, default_url, read_server
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: perf_analyzer is to end with it
-    args.url = args.url or default_url(args.protocol)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that perf_analyzer is ended, as by Ctrl-C
+    args.url, args.rounds = args.url or default_url(args.protocol), ROUNDS
     card = read_card(args.repository)
     models = served_models(args.repository, card)
     if missing := set(args.models or ()) - models.keys():
@@ -265,24 +241,18 @@ def main():
     models = {key: model for key, model in models.items() if key in (args.models or models)}
     record = make_record(args, card, server, models, server_memory_mib(args.url))
     folder = results_folder(args.results, card)
-    partial = folder / "perf.partial"
-    earlier = read_earlier(folder / "perf.json", record)  # now, so that a broken one is found before measuring
+    path, partial = folder / "perf.json", folder / "perf.partial"
+    earlier, unfinished = (read_earlier(place, record) for place in (path, partial / path.name))
     try:
-        measure_all(args, record, models, partial)
-    except SERVER_ERRORS as error:
-        raise SystemExit(
-            f"{args.url}: expected the server to go on, found: {error}; ./serve.sh status; {describe_partial(partial)}"
-        ) from None
-    except KeyboardInterrupt:
-        print(f"interrupted; {describe_partial(partial)}", file=sys.stderr)
-        sys.exit(130)
-    if (folder / "perf.json").exists():
-        report_refused(record["rows"], f"{folder / 'perf.json'} stays as it was; {describe_partial(partial)}")
-    finished = read_json(partial / "perf.json", "run perf.py again")
-    publish(merge(earlier, finished), folder, partial)
-    print(folder / "perf.json")
-    report_refused(record["rows"], f"the others are in {folder / 'perf.json'}")
-    report_unstable(record["rows"], args.stability_percent)
+        measure_all(args, record, models, unfinished, partial)
+    except (KeyboardInterrupt, *SERVER_ERRORS) as error:
+        found = f"found: {error or 'an interruption'}; levels that were finished are in {partial}; the next run with"
+        end = f"{args.url}: expected to measure every level, {found} the same settings takes them in; ./serve.sh status"
+        raise SystemExit(end) from None
+    if not path.exists() or not any("error" in row for row in record["rows"]):
+        publish(merge(earlier, merge(unfinished, record)), folder, partial)
+        print(path)
+    report_levels(record["rows"], args.stability_percent, partial if partial.exists() else path)
 
 
 if __name__ == "__main__":

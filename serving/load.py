@@ -48,6 +48,9 @@ class Level:
         return [window["throughput_infer_per_s"] for window in self.windows]
 
     def spread_percent(self):
+        """Of the rounds' throughputs; 0 where the level was refused."""
+        if self.error:
+            return 0
         return (max(self.speeds()) - min(self.speeds())) / statistics.median(self.speeds()) * 100
 
 
@@ -101,26 +104,23 @@ def run_window(tool, args, level, requests, timeout_s):
 
 def try_window(tool, args, level, requests, timeout_s):
     """run_window, tried again where the tool hangs; a refused one becomes the level's error and gives None."""
-    for attempt in range(TRIES):
+    for attempt in range(1, TRIES + 1):
         try:
             return run_window(tool, args, level, requests, timeout_s)
         except Refused as error:
-            if not isinstance(error, Hung) or attempt == TRIES - 1:
+            if not isinstance(error, Hung) or attempt == TRIES:
                 level.error = str(error)
-                return None
+                break
     return None
 
 
-def warm_up(tool, args, level):
-    """A first window that does not count; it tells how many requests fill the others."""
-    if window := try_window(tool, args, level, max(8, 2 * level.concurrency), WARMUP_TIMEOUT_S):
-        level.speed = window["throughput_infer_per_s"] / args.batch_size
-
-
 def measure_window(tool, args, level, longer):
-    """A window that counts, `longer` times the usual number of requests."""
-    least = max(16, (2 if args.quick else 4) * level.concurrency)
-    requests = longer * max(least, round(args.window_s * level.speed))
+    """A window that counts, or the level's first one, the warm-up: it tells how many requests fill the others."""
+    if not level.speed:
+        if window := try_window(tool, args, level, max(8, 2 * level.concurrency), WARMUP_TIMEOUT_S):
+            level.speed = window["throughput_infer_per_s"] / args.batch_size
+        return
+    requests = longer * max(16, (2 if args.quick else 4) * level.concurrency, round(args.window_s * level.speed))
     if window := try_window(tool, args, level, requests, 30 + 5 * requests / level.speed):
         level.windows.append(window)
 
@@ -130,30 +130,18 @@ def measure_levels(tool, args, levels, progress):
 
     Levels whose rounds spread beyond the limit are measured again, twice as long. progress is a tqdm bar.
     """
-    for level in levels:
-        show(progress, level, "warm-up")
-        warm_up(tool, args, level)
     for longer in (1,) if args.quick else (1, 2):
-        going = [level for level in levels if not level.error]
-        if longer == 1:
-            progress.total -= ROUNDS * (len(levels) - len(going))
-        else:
-            going = [level for level in going if level.spread_percent() > args.stability_percent]
-            progress.total += ROUNDS * len(going)
+        going = [level for level in levels if longer == 1 or level.spread_percent() > args.stability_percent]
+        progress.total += ROUNDS * len(going) if longer > 1 else 0
         for level in going:
             level.set_aside, level.windows = level.windows, []
-        for number in range(ROUNDS):
+        for number in range(longer - 1, ROUNDS + 1):  # round 0 warms up
             for level in going:
-                show(progress, level, f"round {number + 1}")
+                progress.set_postfix_str(f"concurrency {level.concurrency}, round {number}, {level.key}", refresh=False)
                 if not level.error:
                     measure_window(tool, args, level, longer)
+                progress.update()
     return [make_row(level, args) for level in levels]
-
-
-def show(progress, level, what):
-    """Move the bar one window on and say which comes next."""
-    progress.set_postfix_str(f"concurrency {level.concurrency}, {what}, {level.key}", refresh=False)
-    progress.update()
 
 
 # --- rows ----------------------------------------------------------------------------
