@@ -52,7 +52,7 @@ from serving.configs import (
     read_config,
     tokenizer_config,
 )
-from serving.manifest import check_plan, check_served_plans
+from serving.plans import check_plan, check_served_plans
 from serving.server import SERVER_ERRORS, infer, text_tensor
 from tasks.table import TASKS
 

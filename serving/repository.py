@@ -38,7 +38,7 @@ from core.tables import EMBEDDERS, ENGINES, INPUT_IDS, MAX_BATCH_SIZE, MODELS, R
 from core.tokens import encode, load_tokenizer
 from serving.check import check_repository, expected_configs
 from serving.configs import config_text
-from serving.manifest import check_plan
+from serving.plans import check_plan
 from tasks.table import TASKS
 
 WARMUP_TEXT = "A real text, for the first run of each model."
