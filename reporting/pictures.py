@@ -37,7 +37,9 @@ def draw_deviations(model):
         line = STYLES.get(plan, ("-",))[0]
         axes.step(values[exact:], shares, linestyle=line, where="post", linewidth=2.2, label=label)
     axes.set_xscale("log")
-    axes.set(xlabel="relative L2 error of a text's output to the ONNX reference", ylabel="share of texts", ylim=(0, 1.02))
+    axes.set(
+        xlabel="relative L2 error of a text's output to the ONNX reference", ylabel="share of texts", ylim=(0, 1.02)
+    )
     axes.set_title(f"{model['title']}: deviation per text", fontsize=10)
     axes.grid(which="both", alpha=0.25)
     axes.legend(fontsize=8)
