@@ -53,7 +53,7 @@ def load_results(results):
     trainings = {record["weights_sha256"]: record for record in trained}
     slugs = [m["slug"] for m in models]
     for m in models:
-        weights = "" if m["card"]["weights"] == "real" else f" (weights: {m['card']['weights']})"
+        weights = "" if m["card"]["weights"] == "real" else f" ({m['card']['weights'].split(',')[0]} weights)"
         machine = f" on {m['machine']}" if slugs.count(m["slug"]) > 1 else ""
         m |= {"title": f"{m['card']['name']}{weights}{machine}", "training": None}
         if m["verdicts"]:

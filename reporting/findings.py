@@ -1,9 +1,21 @@
 """What a reader should know first: what was executed, five findings, and the table of results."""
 
-from core.tables import EMBEDDERS, PRECISIONS, REFERENCE, TRITON_TENSORRT, model_key
-from reporting.complexity import has, least_us
+from core.tables import EMBEDDERS, REFERENCE, TRITON_TENSORRT
+from reporting.complexity import least_us, precisions_of
 from reporting.markdown import (
-    DETAILS, NOT_MEASURED, OF_RECORD, caption, is_encoder, listing, machine_of, number, on_gpu, percent, relative, table,
+    DETAILS,
+    NOT_MEASURED,
+    OF_RECORD,
+    caption,
+    fold,
+    is_encoder,
+    listing,
+    machine_of,
+    number,
+    on_gpu,
+    percent,
+    relative,
+    table,
 )  # fmt: skip
 from reporting.quality import EMULATED, averages, deviation
 from reporting.speed import levels, noise_factor, noise_line, tail
@@ -52,15 +64,15 @@ def executed(models):
     engines = sorted({e for s in servers for e in s.get("engines", {}).values()})
     machines = sorted({machine_of(r["environment"]) for r in records})
     versions = sorted({s["version"] for s in servers})
-    origins = [f"{m['title']} ({m['card']['source']})" for m in models]
-    served = f", by a Triton server ({listing(versions)})" if versions else ""
-    done = [
-        f"Everything was measured on {listing(machines)}.",
-        f"The embedders were executed by {listing(engines)}{served}.",
-        f"The models are {listing(origins)}.",
-    ]
-    never = listing(never_executed(models, records, engines, versions), "or")
-    return f"**Executed by the authors.** {' '.join(done)}\n\n**Never executed by the authors:** {never}."
+    origins = dict.fromkeys(
+        f"{m['card']['name']} (weights: {m['card']['weights']}; source: {m['card']['source']})" for m in models
+    )
+    never = never_executed(models, records, engines, versions)
+    return (
+        f"**What the authors executed.** Everything was measured on this machine: {'; '.join(machines)}. What executed the models "
+        f"was {listing(engines)}{f', behind a Triton server of version {listing(versions)}' if versions else ''}. The models "
+        f"are {listing(origins)}.\n\n**What the authors never executed:** {listing(never)}."
+    )
 
 
 def never_executed(models, records, engines, versions):
@@ -71,56 +83,47 @@ def never_executed(models, records, engines, versions):
     own = any(m["card"]["name"] == OF_RECORD and m["card"]["weights"] == "real" for m in models)
     on_a_gpu = any("GPU" in engine for engine in engines)
     facts = {
-        "any GPU": on_a_gpu or any(r["environment"]["gpu"] for r in records),
+        "anything on a GPU": on_a_gpu or any(r["environment"]["gpu"] for r in records),
         "TensorRT plans": any(m["plans"] for m in models) or any(e.startswith("TensorRT") for e in engines),
         "Docker and the pinned image": in_docker,
-        "downloads from the Hugging Face hub": any(s.startswith("hub:") for s in sources),
-        f"{OF_RECORD}'s own weights": own,
+        "a download from the Hugging Face hub": any(s.startswith("hub:") for s in sources),
+        f"{OF_RECORD} with its own weights": own,
     }
-    facts |= {f"the registry {name}": any(s.startswith(f"{p}:") for s in sources) for p, name in REGISTRIES.items()}
+    facts |= {f"a download from {name}": any(s.startswith(f"{p}:") for s in sources) for p, name in REGISTRIES.items()}
     return [what for what, found in facts.items() if not found]
 
 
 # --- findings ------------------------------------------------------------------------
 
 
-def each(models, say):
-    """What `say` says of each model, in one list; "" where it says nothing."""
-    said = [f"{text} for {m['title']}" for m in models if (text := say(m))]
-    return listing(said) if said else ""
-
-
 def findings(models):
     """Five findings, each of the data alone, or that it was not measured."""
-    encoders, record = list(filter(is_encoder, models)), model_of_record(models)
+    record = model_of_record(models)
     found = {
-        "What FP16 changes": find_fp16(encoders),
-        "What INT8 changes": find_int8(encoders),
-        "Speed on this machine" if not (record and record["perf"] and on_gpu(record["perf"])) else "Speed": find_speed(record),
+        "What FP16 changes": find_deviation(models, ("TRT_FP16", EMULATED)),
+        "What INT8 changes": find_deviation(models, ("TRT_INT8", "TRT_BEST")),
+        "What it brings here": find_speed(record),
         "What bounds a layer": find_bounds(record),
         "What may be deployed": find_deployable(models),
     }
-    return "\n".join(f"{i}. **{name}.** {text or NOT_MEASURED + '.'}" for i, (name, text) in enumerate(found.items(), 1))
+    lines = (f"{i}. **{name}.** {text or NOT_MEASURED + '.'}" for i, (name, text) in enumerate(found.items(), 1))
+    return "\n".join(lines)
 
 
-def find_fp16(models):
-    fp16 = each(models, lambda m: deviation(m, "TRT_FP16") is not None and percent(deviation(m, "TRT_FP16")))
-    tf32 = each(models, lambda m: deviation(m, EMULATED) is not None and percent(deviation(m, EMULATED)))
-    text = f"The embeddings in FP16 differ from the reference by a relative L2 error of {fp16}." if fp16 else ""
-    return text + (f" TF32, which a GPU may multiply in where FP32 is asked for, differs by {tf32}." if tf32 else "")
-
-
-def find_int8(models):
-    def say(m):
-        values = [deviation(m, f"TRT_{p}") for p in ("INT8", "BEST")]
-        cosine = averages(m).get("TRT_BEST", {}).get("mean_cosine")
-        if None in values or not m["sensitivity"]:
-            return ""
-        share = m["sensitivity"]["int8_flops_share"] or 0
-        return f"{percent(values[0])} (INT8) and {percent(values[1])} (BEST, mean cosine {cosine:.4f}) with {share:.1%} of the FLOPs of weight MatMuls in INT8"
-
-    text = each(models, say)
-    return text and f"The relative L2 error of the embeddings on texts that neither calibrated nor selected is {text}."
+def find_deviation(models, plans):
+    """The relative L2 error of some plans for every encoder, and how much of INT8's is in INT8."""
+    said = []
+    for m in filter(is_encoder, models):
+        errors = [
+            f"{percent(deviation(m, p))} in {p.removeprefix('TRT_')}" for p in plans if deviation(m, p) is not None
+        ]
+        if errors and plans[0] == "TRT_INT8" and m["sensitivity"]:
+            errors[-1] += (
+                f", with {m['sensitivity']['int8_flops_share'] or 0:.1%} of the FLOPs of its weight MatMuls in INT8"
+            )
+        if errors:
+            said.append(f"For {m['title']}, the relative L2 error of the embeddings is {listing(errors)}.")
+    return " ".join(said)
 
 
 def common_concurrency(perf):
@@ -153,7 +156,7 @@ def find_bounds(model):
         return ""
     gpu, largest = record["gpu"]["name"], max(record["kinds"], key=lambda k: k["share"])
     batches = []
-    for p in (p for p in record["least_latency_s"] if has(record, p)):
+    for p in precisions_of(record):
         solved = largest["precisions"][p]["threshold"]
         batches.append(f"{solved['batch'] or solved['verdict']} in {p}")
     text = (
@@ -187,7 +190,9 @@ def find_deployable(models):
 
 def engine_of(model, key):
     """What executed an embedder; both where quality and speed were measured on different engines."""
-    engines = {kind: model[kind]["server"]["engines"].get(key, NOT_MEASURED) for kind in ("quality", "perf") if model[kind]}
+    engines = {
+        kind: model[kind]["server"]["engines"].get(key, NOT_MEASURED) for kind in ("quality", "perf") if model[kind]
+    }
     if len(set(engines.values())) > 1:
         return "; ".join(f"{kind}: {engine}" for kind, engine in engines.items())
     return next(iter(engines.values()), NOT_MEASURED)
@@ -196,7 +201,10 @@ def engine_of(model, key):
 def result_row(model, key, low, high):
     """One embedder: engine, quality, speed alone and under load."""
     row = averages(model).get(key, {})
-    quality = [row.get("error") or percent(row.get("relative_l2_error")), row.get("error") or number(row.get("mean_cosine"), ".5f")]
+    quality = [
+        row.get("error") or percent(row.get("relative_l2_error")),
+        row.get("error") or number(row.get("mean_cosine"), ".5f"),
+    ]
     found = levels(model["perf"])
     speeds = [number(found.get((key, c), {}).get("throughput_infer_per_s"), ".1f") for c in (low, high)]
     level = found.get((key, high))
@@ -210,7 +218,17 @@ def result_table(model):
     rows = [result_row(model, key, low, high) for key in EMBEDDERS]
     if EMULATED in averages(model):
         row = averages(model)[EMULATED]
-        rows.insert(2, [EMULATED, "ONNX Runtime, CPU", percent(row["relative_l2_error"]), f"{row['mean_cosine']:.5f}", *["no model"] * 3, ""])
+        rows.insert(
+            2,
+            [
+                EMULATED,
+                "ONNX Runtime, CPU",
+                percent(row["relative_l2_error"]),
+                f"{row['mean_cosine']:.5f}",
+                *["not served"] * 3,
+                "",
+            ],
+        )
     header = ["embedder", "executed by", "relative L2 error", "mean cosine"]
     header += [f"infer/s, concurrency {low}", f"infer/s, concurrency {high}", f"p50 / p99 ms, concurrency {high}", "n"]
     captions = dict.fromkeys(caption(model[kind]) for kind in ("quality", "perf") if model[kind])
@@ -222,7 +240,7 @@ def results(models):
     record, parts = model_of_record(models), []
     for model in sorted(filter(is_encoder, models), key=lambda m: m is not record):
         parts += result_table(model)
-        if model["perf"] and model is not record:  # the record's own stands in its section
+        if model["perf"]:
             parts.append(noise_line(model["perf"]))
         parts.append(f"All its tables: [{DETAILS}]({relative(model, DETAILS)}).")
     return parts or [f"Results of an encoder: {NOT_MEASURED}."]
@@ -236,17 +254,12 @@ def summary(models):
     return [*(result_table(record) if record else [record_line(record)]), rest]
 
 
-def precision_name(key):
-    """FP16 of TRT_FP16."""
-    return next((p for p in PRECISIONS if model_key(p) == key), key)
-
-
 def environments(models):
-    """Machine and versions of every measurement, those of the same run together."""
+    """Machine and versions of every measurement, a row for those that are alike."""
     rows = []
     for model in models:
         for kind in (k for k in KINDS if model[k]):
-            e, server = model[kind]["environment"], model[kind].get("server")
+            e = model[kind]["environment"]
             packages = ", ".join(f"{name} {version}" for name, version in e["packages"].items() if version)
-            rows.append([f"{model['title']}: {kind}", caption(model[kind]), f"Python {e['python']}, {packages}", server["version"] if server else ""])
-    return rows
+            rows.append([f"{kind} of {model['title']}", machine_of(e), e["os"], f"Python {e['python']}, {packages}"])
+    return table(["measurement", "machine", "system", "versions"], fold(rows))
