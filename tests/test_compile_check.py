@@ -55,4 +55,4 @@ def test_a_missing_graph_or_record_is_named(tmp_path):
 def test_a_service_is_compiled_for_the_lengths_and_batches_of_its_record(tiny, tmp_path):
     options = ("--repository", tiny.repository, "--results", tmp_path, "--architectures", "SM86")
     done = succeed("compile_check.py", *options)
-    assert done.stdout.count("compiled") == 1 and list(tmp_path.glob("*/*/compile.json"))
+    assert done.stdout.count(" compiled, ") == 1 and list(tmp_path.glob("*/*/compile.json"))
