@@ -1,14 +1,13 @@
 #!/usr/bin/env python3
-"""Write what results/ holds into the marked blocks of report.md and README.md.
+"""Write what results/ holds into the marked blocks of report.md and README.md, and into tables of each model.
 
-Reads:  results/<model>/quality.json, quality.csv, perf.json, plans.json,
-        compile.json, tune.json, complexity.json, sensitivity.json, sts.json; of a classifier
-        verdicts.json, verdicts.csv, training.json.
-Writes: the text between <!-- begin NAME --> and <!-- end NAME --> in report.md and
-        README.md, pictures beside the data they show.
+Reads:  results/<slug>/<machine>/quality.json, quality.csv, perf.json, plans.json, compile.json, complexity.json,
+        sensitivity.json, sts.json; of a classifier verdicts.json, verdicts.csv, training.json.
+Writes: the text between <!-- begin NAME --> and <!-- end NAME --> in report.md and README.md; beside the data
+        tables.md, every table of that model on that machine, and pictures.
 Run:    ./report.py
-Prints: the table of results. --check writes nothing and fails if a text or picture is
-        not what the data gives.
+Prints: the table of results. --check writes nothing and fails if a text or picture is not what the data gives
+        or was drawn by older code.
 """
 
 import argparse
@@ -17,38 +16,48 @@ import sys
 from pathlib import Path
 
 from core.files import RESULTS, ROOT, read_json, replace_when_done
-from reporting.complexity import block_complexity
-from reporting.pictures import PICTURES, picture_is_current, save_picture
-from reporting.tables import BLOCKS
-from reporting.verdicts import block_verdicts
-
-FILES = ("quality", "perf", "plans", "compile", "tune", "complexity", "sensitivity", "sts", "verdicts")
+from reporting.findings import KINDS
+from reporting.markdown import DETAILS
+from reporting.sections import REPORT_ONLY, blocks, details
 
 
-def load_results(folder):
-    """[{slug, card and one record per name of FILES}] of every model, real weights first.
+def read_folder(folder):
+    """{card, folder and one record per name of KINDS} of a model on a machine; None without measurements.
 
-    A missing file is None, and so is one of another export than the first that is there:
-    measurements of two exports are not put side by side.
+    A missing file is None, and so is one of another export than the first that is there: measurements of two
+    exports are not put side by side.
     """
-    models = []
-    for path in sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []:
-        data = {}
-        for name in FILES:
-            file = path / f"{name}.json"
-            data[name] = read_json(file, "run the script that writes it again") if file.exists() else None
-        card = next((record["model"] for record in data.values() if record), None)
-        if not card:
-            continue
-        for name, record in data.items():
-            # None: complexity.py counted a model that was not exported
-            found = record and record["model"].get("reference_sha256")
-            if found and card.get("reference_sha256") not in (None, found):
-                print(f"{path / name}.json: of another export than the other files, left out", file=sys.stderr)
-                data[name] = None
-        models.append({"slug": path.name, "folder": path, "card": card} | data)
+    files = {name: folder / f"{name}.json" for name in KINDS}
+    data = {n: read_json(f, "run the script that writes it again") if f.exists() else None for n, f in files.items()}
+    card = next((record["model"] for record in data.values() if record), None)
+    for name, record in data.items():
+        # None: complexity.py counted a model that was not exported
+        found = record and record["model"].get("reference_sha256")
+        if found and card.get("reference_sha256") not in (None, found):
+            print(f"{files[name]}: of another export than the other files, left out", file=sys.stderr)
+            data[name] = None
+    return card and {"slug": folder.parent.name, "machine": folder.name, "folder": folder, "card": card} | data
+
+
+def load_results(results):
+    """One entry per model and machine that has measurements, real weights first."""
+    for path in results.glob("*/*.json"):
+        raise SystemExit(
+            f"{path}: expected results of each machine in a folder of its own, found the layout of an older version; "
+            f"remove {path.parent} and measure again with ./run.sh"
+        )
+    models = [m for m in map(read_folder, sorted(p for p in results.glob("*/*") if p.is_dir())) if m]
     if not models:
-        raise SystemExit(f"{folder}: expected results of at least one model, found none; run ./run.sh")
+        raise SystemExit(f"{results}: expected results of at least one model, found none; run ./run.sh")
+    trained = [read_json(path, "run train_classifier.py again") for path in sorted(results.glob("*/*/training.json"))]
+    trainings = {record["weights_sha256"]: record for record in trained}
+    slugs = [m["slug"] for m in models]
+    for m in models:
+        weights = "" if m["card"]["weights"] == "real" else f" ({m['card']['weights'].split(',')[0]} weights)"
+        machine = f" on {m['machine']}" if slugs.count(m["slug"]) > 1 else ""
+        m |= {"title": f"{m['card']['name']}{weights}{machine}", "training": None}
+        if m["verdicts"]:
+            m["training"] = trainings.get(m["verdicts"]["model"].get("weights_sha256"))
     return sorted(models, key=lambda m: m["card"]["weights"] != "real")
 
 
@@ -64,10 +73,11 @@ def fill_blocks(path, texts):
     content = path.read_text(encoding="utf-8")
     begins = re.findall(r"<!-- begin (\w+) -->", content)
     ends = re.findall(r"<!-- end (\w+) -->", content)
-    lost = [name for name in texts if path == ROOT / "report.md" and name not in begins]
+    lost = [name for name in REPORT_ONLY if path == ROOT / "report.md" and name not in begins]
     if not begins or begins != ends or lost:
         raise SystemExit(
-            f"{path}: expected pairs of <!-- begin NAME --> and <!-- end NAME -->, found {begins} and {ends}{' without ' + ', '.join(lost) if lost else ''}; restore the markers"
+            f"{path}: expected pairs of <!-- begin NAME --> and <!-- end NAME -->, found {begins} and {ends}"
+            f"{' without ' + ', '.join(lost) if lost else ''}; restore the markers"
         )
     return re.sub(r"<!-- begin (\w+) -->.*?<!-- end \1 -->", replace, content, flags=re.DOTALL)
 
@@ -76,47 +86,35 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a text or picture is out of date")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument(
-        "--report",
-        type=Path,
-        nargs="+",
-        default=[ROOT / "report.md", ROOT / "README.md"],
-        help="files with marked blocks",
-    )
+    own = [ROOT / "report.md", ROOT / "README.md"]
+    parser.add_argument("--report", type=Path, nargs="+", default=own, help="files with marked blocks")
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
+    # here: matplotlib takes a second, which --help does not wait for
+    from reporting.pictures import PICTURES, picture_is_current, save_picture
+
     models = load_results(args.results)
-    encoders = [m for m in models if m["card"].get("task") != "classification"]
-    searched = [m for m in models if m in encoders or m["sensitivity"]]
-    texts = {name: block(encoders) for name, block in BLOCKS.items()}
-    texts |= {"complexity": block_complexity(encoders), "verdicts": block_verdicts(models)}
-    texts["sensitivity"] = BLOCKS["sensitivity"](searched)
-    stale = []
-    for model in models:
-        for name, (kind, _, _) in PICTURES.items():
-            if model[kind] and not picture_is_current(model, name):
-                stale.append(model["folder"] / name)
-                if not args.check:
-                    save_picture(model, name)
-    for path in args.report:
-        content = fill_blocks(path, texts)
-        if content != path.read_text(encoding="utf-8"):
-            stale.append(path)
-            if not args.check:
-                with replace_when_done(path) as temporary:
-                    temporary.write_text(content, encoding="utf-8")
+    texts = blocks(models)
+    pictures = [(m, name) for m in models for name, (kind, _, _) in PICTURES.items() if m[kind]]
+    pictures = [(m, name) for m, name in pictures if not picture_is_current(m, name)]
+    contents = {m["folder"] / DETAILS: details(m) for m in models}
+    contents |= {path: fill_blocks(path, texts) for path in args.report}
+    contents = {p: text for p, text in contents.items() if not p.exists() or p.read_text(encoding="utf-8") != text}
+    stale = [*(m["folder"] / name for m, name in pictures), *contents]
     if args.check and stale:
         raise SystemExit(
-            f"expected texts and pictures made from {args.results}, found others in {', '.join(map(str, stale))}; run ./report.py"
+            f"expected texts and pictures made from {args.results} by this code, found others in "
+            f"{', '.join(map(str, stale))}; run ./report.py"
         )
-    print(
-        f"{', '.join(p.name for p in args.report)}: as the data in {args.results} gives them"
-        if args.check
-        else texts["results"]
-    )
+    for model, name in pictures:
+        save_picture(model, name)
+    for path, content in contents.items():
+        with replace_when_done(path) as temporary:
+            temporary.write_text(content, encoding="utf-8")
+    print(f"{', '.join(p.name for p in args.report)}: as {args.results} gives them" if args.check else texts["results"])
 
 
 if __name__ == "__main__":
