@@ -44,7 +44,7 @@ def load_results(results):
     for path in results.glob("*/*.json"):
         raise SystemExit(
             f"{path}: expected results of each machine in a folder of its own, found the layout of an older version; "
-            f"remove {path.parent} and measure again with ./run.sh"
+            f"remove the files in {path.parent} and measure again with ./run.sh"
         )
     models = [m for m in map(read_folder, sorted(p for p in results.glob("*/*") if p.is_dir())) if m]
     if not models:
