@@ -4,26 +4,27 @@
 #   --only P               FP32, FP16, INT8 or BEST
 #   --dry-run              print the exact commands and run nothing
 #   --docker               use the pinned Triton image, the one that serves
+#   --typed                TensorRT 10 builds the typed graphs with --stronglyTyped, as 11
+#                          always does; by default 10 takes the flags --fp16, --int8, --best
 #   --no-tf32              FP32 arithmetic with a 23-bit mantissa; by default GPUs from
 #                          compute capability 8.0 on multiply FP32 as TF32 (10 bits)
-#   --plain-int8           TensorRT 10 only: --int8 and --best on the reference graph,
-#                          for comparison; without Q/DQ and calibration TensorRT has no
-#                          ranges, so transformers fall back to FP32 and FP16
-#   --opt-batch N          the batch that tactics are chosen for, 1 to 8, default 4
+#   --plain-int8           TensorRT 10 only: --int8 and --best on the reference graph, for
+#                          comparison; it has no Q/DQ and no calibration, so trtexec sets
+#                          placeholder ranges of -2 to 2 and -4 to 4 on every tensor: what
+#                          becomes INT8 is fast, and its embeddings mean nothing
+#   --opt-batch N          the batch that tactics are chosen for, default 4
 #   --workspace MIB        memory that a tactic may use, default: all
 #   --timing-cache FILE    default build/trt/timing.cache
 #   --model-repository DIR  --results DIR
 # Reads:  model_ONNX/1/model.onnx, model_TRT_*/1/model.onnx (torch2onnx.py, quantize.py).
 # Writes: model_TRT_*/1/model.plan, layers.json, manifest.json; build/trt/*.log;
-#         results/<model>/plans.json.
+#         results/<model>/<machine>/plans.json.
 # Prints: one line per plan: size, build time, weight MatMuls per precision.
 # trtexec: $TRTEXEC, PATH, /usr/src/tensorrt/bin, else the pinned image through Docker.
 set -euo pipefail
 
-readonly IMAGE=nvcr.io/nvidia/tritonserver:26.05-py3 # the last Triton with TensorRT 10
-readonly IN_IMAGE=/usr/src/tensorrt/bin/trtexec MAX_BATCH=8
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-readonly ROOT LOGS=$ROOT/build/trt
+readonly ROOT LOGS=$ROOT/build/trt IN_IMAGE=/usr/src/tensorrt/bin/trtexec
 
 fail() {
   echo "build_trt.sh: $1" >&2
@@ -32,9 +33,15 @@ fail() {
 
 usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
+# Run a module of the project; from its folder, so that nothing in the user's shadows it.
+module() { (cd "$ROOT" && "$python" -m "$@"); }
+
 parse_args() {
-  precisions=(FP32 FP16 INT8 BEST) dry_run='' docker='' tf32=() plain='' opt_batch=4 workspace=()
+  python=$ROOT/.venv/bin/python
+  [ -x "$python" ] || python=$(command -v python3) || fail "expected python3 on PATH, found none; run ./install.sh"
+  dry_run='' docker='' build_options=() tf32=() plain='' opt_batch=() workspace=()
   cache=$LOGS/timing.cache repository=$ROOT/model_repository results=$ROOT/results
+  read -ra precisions <<<"$(module serving.ask precisions)"
   while [ $# -gt 0 ]; do
     case $1 in
       --only | --opt-batch | --workspace | --timing-cache | --model-repository | --results)
@@ -45,19 +52,17 @@ parse_args() {
       -h | --help) usage && exit 0 ;;
       --dry-run) dry_run=1 ;;
       --docker) docker=1 ;;
+      --typed) build_options=(--typed) ;;
       --no-tf32) tf32=(--noTF32) ;;
       --plain-int8) plain=--plain ;;
       --only)
-        [[ $2 =~ ^(FP32|FP16|INT8|BEST)$ ]] || fail "--only: expected FP32, FP16, INT8 or BEST, found '$2'" 2
+        [[ " ${precisions[*]} " == *" $2 "* ]] || fail "--only: expected ${precisions[*]}, found '$2'" 2
         precisions=("$2") && shift
         ;;
-      --opt-batch)
-        [[ $2 =~ ^[1-$MAX_BATCH]$ ]] || fail "--opt-batch: expected 1 to $MAX_BATCH, found '$2'" 2
-        opt_batch=$2 && shift
-        ;;
-      --workspace)
-        [[ $2 =~ ^[0-9]+$ ]] || fail "--workspace: expected MiB, found '$2'" 2
-        workspace=("--memPoolSize=workspace:$2") && shift
+      --opt-batch | --workspace)
+        [[ $2 =~ ^[1-9][0-9]{0,8}$ ]] || fail "$1: expected a number from 1, found '$2'" 2
+        if [ "$1" = --opt-batch ]; then opt_batch=("$1" "$2"); else workspace=("--memPoolSize=workspace:$2"); fi
+        shift
         ;;
       --timing-cache) cache=$2 && shift ;;
       --model-repository) repository=$2 && shift ;;
@@ -66,17 +71,15 @@ parse_args() {
     esac
     shift
   done
+  [ -z "$plain" ] || [ ${#build_options[@]} -eq 0 ] || fail "--plain-int8: expected it without --typed, found both" 2
   [ -d "$repository" ] || fail "--model-repository: expected a folder, found none at $repository"
-  repository=$(cd "$repository" && pwd)
-  python=$ROOT/.venv/bin/python
-  [ -x "$python" ] || python=$(command -v python3) || fail "expected python3 on PATH, found none; run ./install.sh"
-  plans=("$python" "$ROOT/plans.py" --repository "$repository" --assets "$(dirname "$repository")/assets" --results "$results")
+  repository=$(realpath "$repository") results=$(realpath -m "$results") cache=$(realpath -m "$cache")
 }
 
-# Sets trtexec (the command), and models and cache as that command sees them.
+# Sets trtexec (the command), and models and timing as that command sees repository and cache.
 find_trtexec() {
-  models=$repository
   local found
+  models=$repository timing=$cache
   [ -n "$docker" ] || [ -z "${TRTEXEC:-}" ] || [ -x "$TRTEXEC" ] || fail "\$TRTEXEC: expected a program, found none at $TRTEXEC"
   for found in "${TRTEXEC:-}" "$(command -v trtexec || true)" "$IN_IMAGE"; do
     if [ -z "$docker" ] && [ -n "$found" ] && [ -x "$found" ]; then
@@ -84,76 +87,61 @@ find_trtexec() {
       return
     fi
   done
+  local image mounted_models mounted_cache
+  image=$(module serving.ask image)
+  mounted_models=$(module serving.ask mount "$repository" /models --writable) || exit 1
+  mounted_cache=$(module serving.ask mount "$(dirname "$cache")" /cache --writable) || exit 1
   # --user: the files in the mounted folders belong to whoever builds
-  trtexec=(docker run --rm --init --gpus all --user "$(id -u):$(id -g)" -v "$repository:/models" -v "$(dirname "$cache"):/cache" "$IMAGE" "$IN_IMAGE")
-  models=/models
-  cache=/cache/${cache##*/}
+  trtexec=(
+    docker run --rm --init --gpus all --user "$(id -u):$(id -g)"
+    --mount "$mounted_models" --mount "$mounted_cache" "$image" "$IN_IMAGE"
+  )
+  models=/models timing=/cache/${cache##*/}
   [ -n "$dry_run" ] && return
   docker info >/dev/null 2>&1 || fail "expected trtexec or a running Docker, found neither; three ways on: 1. TRTEXEC=/path/to/trtexec; 2. install TensorRT, whose trtexec lies in /usr/src/tensorrt/bin; 3. install Docker and the NVIDIA container toolkit"
 }
 
-# Major version from the line that trtexec prints first: "[TensorRT v101601]" is 10.16.1.
+# Sets major from the line that trtexec prints first: "[TensorRT v101601]" is 10.16.1.
 read_version() {
+  local version log=$LOGS/version.log
   if [ -n "$dry_run" ] && [ "${trtexec[0]}" = docker ]; then
-    version=101601 # the pinned image's
+    version=$(module serving.ask tensorrt)
+    major=${version%%.*}
   else
-    "${trtexec[@]}" --help >"$LOGS/version.log" 2>&1 || true
-    version=$(sed -n '/\[TensorRT v[0-9]/{s/.*\[TensorRT v\([0-9]*\)\].*/\1/p;q}' "$LOGS/version.log")
+    "${trtexec[@]}" --help >"$log" 2>&1 || true
+    version=$(sed -n '/\[TensorRT v[0-9]/{s/.*\[TensorRT v\([0-9]*\)\].*/\1/p;q}' "$log")
     if [ -z "$version" ]; then
-      tail -n 5 "$LOGS/version.log" >&2
-      fail "${trtexec[*]}: expected a line with its TensorRT version, found none: $(explain "$LOGS/version.log")"
+      tail -n 5 "$log" >&2
+      fail "${trtexec[*]}: expected a line with its TensorRT version, found none: $(explain "$log")"
     fi
+    major=$((version / 10000))
   fi
-  major=$((version / 10000))
   [ "$major" -ge 10 ] || fail "${trtexec[*]}: expected TensorRT 10 or later, found version $version; use --docker"
   [ -z "$plain" ] || [ "$major" -eq 10 ] || fail "--plain-int8: expected TensorRT 10, found $major, whose trtexec has no precision flags"
+  [ -z "$plain" ] || build_options=(--plain)
 }
 
-# Sets graph, flags and built_as of a precision. TensorRT 10 takes flags; from 11 on the
-# types in the graph are the precision.
-choose_graph() {
-  local reference=model_ONNX/1/model.onnx typed=model_TRT_$1/1/model.onnx
-  built_as=flags
-  if [ "$major" -ge 11 ]; then
-    graph=$typed flags=() built_as=typed
-    return
-  fi
-  case $1 in
-    FP32) graph=$reference flags=() ;;
-    FP16) graph=$reference flags=(--fp16) ;;
-    INT8) graph=$typed flags=(--int8) ;;
-    BEST) graph=$typed flags=(--best) ;;
-  esac
-  [ -z "$plain" ] || graph=$reference
-}
-
-# Sets command; $2 and $3 are the plan and the layer file to write.
+# Sets built_as, graph, folder and command of a precision; $2 ends the names of the files that it writes.
 make_command() {
-  choose_graph "$1"
+  local line flags
+  line=$(module serving.ask build --precision "$1" --major "$major" "${build_options[@]}") || exit 1
+  read -r built_as graph folder line <<<"$line"
+  read -ra flags <<<"$line"
   command=(
     "${trtexec[@]}"
     "--onnx=$models/$graph"
-    "--saveEngine=$2"
+    "--saveEngine=$models/$folder/model.plan$2"
     "--minShapes=${shapes[0]}"
     "--optShapes=${shapes[1]}"
     "--maxShapes=${shapes[2]}"
     --skipInference
     --profilingVerbosity=detailed
-    "--exportLayerInfo=$3"
-    "--timingCacheFile=$cache"
-    ${flags[@]+"${flags[@]}"}
-    ${tf32[@]+"${tf32[@]}"}
-    ${workspace[@]+"${workspace[@]}"}
+    "--exportLayerInfo=$models/$folder/layers.json$2"
+    "--timingCacheFile=$timing"
+    "${flags[@]}"
+    "${tf32[@]}"
+    "${workspace[@]}"
   )
-}
-
-check_space() {
-  local needed available
-  needed=$((2 * $(stat -c %s "$repository/$graph") / 1024))
-  available=$(df -Pk "$repository" | awk 'NR == 2 {print $4}')
-  [ "$available" -ge "$needed" ] && return
-  echo "build_trt.sh: $repository: expected $((needed / 1024)) MiB of free disk, found $((available / 1024)) MiB; free some" >&2
-  return 1
 }
 
 # One clear line for the failures that machines without a fitting GPU give.
@@ -170,45 +158,46 @@ explain() {
 }
 
 build() {
-  local plain_here=''
-  [[ $1 =~ INT8|BEST ]] && plain_here=$plain
-  local precision=$1 folder=$repository/model_TRT_$1/1 log=$LOGS/$1.log started=$SECONDS name
-  name=.$1.$$.tmp # hidden neighbours of the plan, removed whatever happens
-  temporary=("$folder/model.plan$name" "$folder/layers.json$name")
-  make_command "$precision" "$models/model_TRT_$precision/1/model.plan$name" "$models/model_TRT_$precision/1/layers.json$name"
-  check_space || return 1
+  local precision=$1 log=$LOGS/$1.log started=$SECONDS hidden=.$1.$$.tmp
+  make_command "$precision" "$hidden"
+  # neighbours of the plan, removed whatever happens
+  temporary=("$repository/$folder/model.plan$hidden" "$repository/$folder/layers.json$hidden")
   echo "building $precision, minutes (log: $log)" >&2
   if ! "${command[@]}" >"$log" 2>&1; then
     tail -n 10 "$log" >&2
     echo "build_trt.sh: $precision: expected trtexec to build it, found it failing: $(explain "$log")" >&2
     return 1
   fi
-  [ -s "${temporary[0]}" ] || { echo "build_trt.sh: $precision: expected a plan, found none or an empty file; see $log" >&2 && return 1; }
-  "${plans[@]}" record --precision "$precision" --graph "$repository/$graph" --plan "${temporary[0]}" \
-    --layers "${temporary[1]}" --log "$log" --built-as "$built_as" $plain_here --seconds $((SECONDS - started)) -- "${command[@]}"
+  module serving.build record --repository "$repository" --precision "$precision" --graph "$graph" \
+    --plan "${temporary[0]}" --layers "${temporary[1]}" --log "$log" --built-as "$built_as" \
+    ${plain:+"$plain"} --seconds $((SECONDS - started)) -- "${command[@]}" || return 1
+  # from now on the plan is what a GPU serves
+  module serving.repository --repository "$repository" >/dev/null
 }
 
-clean() { rm -f ${temporary[@]+"${temporary[@]}"}; }
+clean() { rm -f "${temporary[@]}"; }
 
 main() {
   parse_args "$@"
   mkdir -p "$LOGS"
   find_trtexec
   read_version
-  length=$("${plans[@]}" length) || exit 1
-  mapfile -t shapes < <("${plans[@]}" shapes --opt-batch "$opt_batch")
-  [ ${#shapes[@]} -eq 3 ] || fail "expected the graph's shapes, found none; run torch2onnx.py"
-  local precision failed=()
+  local precision failed=() lines
+  lines=$(module serving.build shapes --repository "$repository" "${opt_batch[@]}") || exit $?
+  mapfile -t shapes <<<"$lines"
   if [ -n "$dry_run" ]; then
-    echo "# TensorRT $major (${trtexec[0]}), length $length" >&2
+    echo "# TensorRT $major (${trtexec[0]})" >&2
     for precision in "${precisions[@]}"; do
-      make_command "$precision" "$models/model_TRT_$precision/1/model.plan" "$models/model_TRT_$precision/1/layers.json"
+      make_command "$precision" ''
       printf '%q ' "${command[@]}" && echo
     done
     return
   fi
-  "${plans[@]}" graphs "${precisions[@]}" || exit 1
-  [ -z "$plain" ] || echo "--plain-int8: no ranges are known, so INT8 layers are not to be expected; the table says what was built" >&2
+  module serving.check --repository "$repository" >/dev/null || exit 1
+  module serving.build graphs --repository "$repository" "${precisions[@]}" || exit 1
+  [ -z "$plain" ] || echo "--plain-int8: the ranges are trtexec's placeholders, so these plans show a speed and no quality; the table says what was built" >&2
+  mkdir -p "$(dirname "$cache")" # Docker would make it as root, or refuse
+  temporary=()
   trap clean EXIT
   trap 'exit 130' INT
   trap 'exit 143' TERM
@@ -216,7 +205,9 @@ main() {
     build "$precision" || failed+=("$precision")
     clean
   done
-  if [ ${#failed[@]} -lt ${#precisions[@]} ]; then "${plans[@]}" summary >/dev/null; fi
+  if [ ${#failed[@]} -lt ${#precisions[@]} ]; then
+    module serving.build summary --repository "$repository" --results "$results" >/dev/null
+  fi
   [ ${#failed[@]} -eq 0 ] || fail "expected ${#precisions[@]} plans, found ${failed[*]} failing; the others were kept"
 }
 

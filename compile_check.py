@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
-"""Compile every graph with TensorRT's own parser and builder, without a GPU.
+"""Compile every graph with the parser and builder of TensorRT for RTX, without a GPU.
 
-Reads:  model_repository/model_ONNX and model_TRT_*/1/model.onnx.
-Writes: results/<model>/compile.json.
+Reads:  --repository: the record and the graphs that are there.
+Writes: results/<model>/<machine>/compile.json.
 Run:    ./compile_check.py
 Prints: one line per graph and GPU architecture: compiled or refused, seconds.
 
-TensorRT for RTX builds for a named architecture on any machine. It is strongly typed, as
-TensorRT 11 is: mixed types, UINT8 and asymmetric Q/DQ are refused. Its engines do not
-load in Triton; this checks the graphs, build_trt.sh makes the plans.
+TensorRT for RTX is a sibling of the TensorRT that serves. It builds for a named architecture on any machine and is
+strongly typed, as TensorRT 11 is: it refuses mixed types, UINT8 and asymmetric Q/DQ. It covers the architectures
+SM 80 (A100), 86, 89 and 120; it covers neither SM 75 (T4) nor SM 90 (H100). Its engines do not load in Triton, so
+this checks the graphs only: build_trt.sh makes the plans, and only the real TensorRT proves that they are built.
 """
 
 import argparse
@@ -18,14 +19,20 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from core.files import ASSETS, REPOSITORY, RESULTS, read_json, sha256, write_json
-from core.record import environment_record
-from core.tables import EMBEDDERS, MAX_BATCH_SIZE
-from serving.classifier_repository import is_classifier
+from core.files import REPOSITORY, RESULTS, sha256, write_json
+from core.record import environment_record, results_folder
+from core.repository import EXPORT, graph_path, present, read_card
+from core.tables import MAX_BATCH_SIZE, OPT_BATCH_SIZE, OPT_LENGTH, REFERENCE
+from serving.plans import shapes
 
 ARCHITECTURES = ("SM80", "SM86", "SM89", "SM120")  # A100; A10, RTX 30; L4, RTX 40; RTX 50
-OPT_BATCH = 4  # as build_trt.sh
-LENGTHS = (1, 128, 512)  # tokens; a classifier's card says its limit
+COVERS = {
+    "builder": "TensorRT for RTX, not the TensorRT that serves",
+    "architectures": ARCHITECTURES,
+    "not_covered": ("SM75", "SM90"),
+}
+# (batch, length) of graphs without a record
+SHAPES = ((1, 1), (OPT_BATCH_SIZE, OPT_LENGTH), (MAX_BATCH_SIZE, 512))
 
 
 def load_tensorrt():
@@ -53,10 +60,10 @@ def quiet_logger(trt, messages):
     return Logger()
 
 
-def compile_graph(trt, path, architecture, lengths=LENGTHS):
+def compile_graph(trt, path, architecture, sizes=SHAPES):
     """Parse and build one graph for one architecture. Returns None, or the error's text.
 
-    lengths: smallest, optimal and largest, for a graph whose sequence length is dynamic.
+    sizes: (batch, length), the smallest, optimal and largest; the length counts where the graph's is dynamic.
     """
     messages = []
     logger = quiet_logger(trt, messages)
@@ -70,8 +77,7 @@ def compile_graph(trt, path, architecture, lengths=LENGTHS):
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
         rest = tuple(tensor.shape)[1:]
-        shapes = zip((1, OPT_BATCH, MAX_BATCH_SIZE), lengths, strict=True)
-        profile.set_shape(tensor.name, *((b, *(n if d == -1 else d for d in rest)) for b, n in shapes))
+        profile.set_shape(tensor.name, *((b, *(n if d == -1 else d for d in rest)) for b, n in sizes))
     config.add_optimization_profile(profile)
     config.num_compute_capabilities = 1
     config.set_compute_capability(getattr(trt.ComputeCapability, architecture), 0)
@@ -80,47 +86,45 @@ def compile_graph(trt, path, architecture, lengths=LENGTHS):
     return None
 
 
+def compile_all(trt, graphs, architectures, sizes):
+    """[{"graph", "architecture", "error", "seconds"}] of every graph for every architecture, each printed when done."""
+    rows, pairs = [], [(name, path, a) for name, path in graphs.items() for a in architectures]
+    for name, path, architecture in tqdm(pairs, desc="compile", unit="graph", mininterval=1, file=sys.stderr):
+        started = time.perf_counter()
+        error = compile_graph(trt, path, architecture, sizes)
+        seconds = round(time.perf_counter() - started, 2)
+        rows.append({"graph": name, "architecture": architecture, "error": error, "seconds": seconds})
+        said = f"refused: {error}" if error else "compiled"
+        tqdm.write(f"{name:9} {architecture:6} {said}, {seconds:.1f} s", file=sys.stdout)
+    return rows
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("graphs", type=Path, nargs="*", help="other ONNX files; their result is printed only")
     parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--repository", type=Path, default=REPOSITORY)
-    parser.add_argument("--assets", type=Path, help="default: assets/; a classifier's repository is its own")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    args = parser.parse_args()
-    args.assets = args.assets or (args.repository if is_classifier(args.repository) else ASSETS)
-    return args
+    return parser.parse_args()
 
 
 def main():
     args = parse_args()
     trt = load_tensorrt()
-    graphs = {str(path): path for path in args.graphs} or {
-        suffix: args.repository / model / "1" / "model.onnx" for suffix, model in EMBEDDERS.items()
-    }
+    if args.graphs:
+        graphs, sizes = {str(path): path for path in args.graphs}, SHAPES
+    else:
+        card = read_card(args.repository)
+        graphs = {key: graph_path(args.repository, key) for key in (present(args.repository) or [REFERENCE])}
+        sizes = shapes(card)
     missing = [str(path) for path in graphs.values() if not path.is_file()]
     if missing:
-        raise SystemExit(f"{missing[0]}: expected an ONNX graph, found none; run torch2onnx.py, then quantize.py")
-    limit = LENGTHS[-1]
+        raise SystemExit(f"{missing[0]}: expected an ONNX graph, found none; {EXPORT}, then quantize.py")
+    rows = compile_all(trt, graphs, args.architectures, sizes)
     if not args.graphs:
-        limit = read_json(args.assets / "model.json", "run torch2onnx.py")["max_length"]
-    lengths = tuple(min(n, limit) for n in LENGTHS)
-    rows = []
-    pairs = [(name, path, a) for name, path in graphs.items() for a in args.architectures]
-    for name, path, architecture in tqdm(pairs, desc="compile", unit="graph", mininterval=1, file=sys.stderr):
-        started = time.perf_counter()
-        error = compile_graph(trt, path, architecture, lengths)
-        seconds = round(time.perf_counter() - started, 2)
-        rows.append({"graph": name, "architecture": architecture, "error": error, "seconds": seconds})
-        tqdm.write(
-            f"{name:9} {architecture:6} {'refused: ' + error if error else 'compiled'}, {seconds:.1f} s",
-            file=sys.stdout,
-        )
-    if not args.graphs:
-        card = read_json(args.assets / "model.json", "run torch2onnx.py")
         digests = {name: sha256(path) for name, path in graphs.items()}
-        path = args.results / card["slug"] / "compile.json"
-        record = {"model": card, "environment": environment_record(), "tensorrt_rtx": trt.__version__}
+        path = results_folder(args.results, card) / "compile.json"
+        record = {"model": card, "environment": environment_record(), "tensorrt_rtx": trt.__version__, "covers": COVERS}
         write_json(path, record | {"graph_sha256": digests, "rows": rows})
         print(path)
     refused = [f"{row['graph']} for {row['architecture']}" for row in rows if row["error"]]

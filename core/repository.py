@@ -4,6 +4,7 @@ A repository is a folder of models as Triton serves it, with model.json, the rec
 its server needs. The task's own, model_repository/, has record and tokenizer in assets/ beside it.
 """
 
+import json
 import re
 
 import onnx
@@ -29,7 +30,12 @@ def is_own(repository):
 
 def tokenizer_path(repository):
     """tokenizer.json as the server reads it."""
-    return (assets_of(repository) if is_own(repository) else repository) / "tokenizer" / "tokenizer.json"
+    return assets_of(repository) / "tokenizer" / "tokenizer.json"
+
+
+def site_packages(repository):
+    """Where the package lies that reads the tokenizer."""
+    return (assets_of(repository) if is_own(repository) else repository / "tokenizer") / "site-packages"
 
 
 def graph_path(repository, key):
@@ -70,6 +76,15 @@ def read_card(repository):
     if card.get("service"):
         check_name(card["service"].get("name"), path)
     return card
+
+
+def own_record(folder):
+    """The record of a repository that holds its own, as it is; {} where the folder is none."""
+    try:
+        card = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return card if isinstance(card, dict) and "task" in card else {}
 
 
 # --- graphs --------------------------------------------------------------------------

@@ -9,7 +9,8 @@ import argparse
 import importlib
 from pathlib import Path
 
-from core.checkpoint import TOKENIZER_FILES, check_checkpoint, find_checkpoint
+from core.checkpoint import TOKENIZER_FILES, check_checkpoint, find_checkpoint, weights_sha256
+from core.files import slug
 
 
 def fetch_clearml(clearml, reference):
@@ -90,17 +91,20 @@ def find_folders(args):
         tokenizer = inner_folder(tokenizer, TOKENIZER_FILES, "a tokenizer")
     if split_reference(args.model)[0]:
         folder = inner_folder(folder, ("config.json",), "a checkpoint")
-    check_folders(folder, tokenizer)
+    if folder is not None:  # None: an architecture without a checkpoint
+        check_folders(folder, tokenizer, args.random_weights)
+    card["slug"] = slug(card["name"] + ("-random" if args.random_weights else ""))
+    card["weights_sha256"] = None if args.random_weights else weights_sha256(folder)
     return folder, tokenizer, card | ({"tokenizer": origin} if origin else {})
 
 
-def check_folders(folder, tokenizer):
+def check_folders(folder, tokenizer, random_weights):
     """Exit if config or weights are missing in the one, or the tokenizer in the other."""
     if tokenizer == folder:
-        check_checkpoint(folder, random_weights=False)
+        check_checkpoint(folder, random_weights)
     for path, names, what in (
         (folder, ("config.json",), "a checkpoint's config"),
-        (folder, ("*.safetensors",), "weights"),
+        *([] if random_weights else [(folder, ("*.safetensors",), "weights")]),
         (tokenizer, TOKENIZER_FILES, "a tokenizer"),
     ):
         if not any(found for name in names for found in path.glob(name)):

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Bake a classifier's model repository into an image that needs no network to start.
-# Usage: ./make_image.sh MODEL [options]      make it
-#        ./make_image.sh clean [--name N]     remove what this script made, nothing else
-#   MODEL                  a checkpoint, as torch2onnx.py --task classification takes it; or
-#                          the repository that it wrote; or a package of verdicts.py
+# Bake a model repository into an image that needs no network to start.
+# Usage: deploy/make_image.sh MODEL [options]      make it
+#        deploy/make_image.sh clean [--name N]     remove what this script made, nothing else
+#   MODEL                  a repository of any task; or a package of verdicts.py; or a
+#                          checkpoint, as torch2onnx.py --task classification takes it
 #   --name N               of the service and of the build context (default: MODEL's own)
 #   --tag T                of the image (default: <name>:<precision>)
 #   --precision P          ONNX, FP32, FP16, INT8 or BEST (default: ONNX, or the package's)
@@ -11,11 +11,11 @@
 #   --gpu                  for a GPU: serve the TensorRT plan where there is one
 #   --dry-run              print the commands and run nothing
 #   --no-build             write the build context and leave the image out
-# Reads:  MODEL, Dockerfile. Writes: build/image/<name>/, the build context; the image.
+# Reads:  MODEL, deploy/Dockerfile. Writes: build/image/<name>/, the build context; the image.
 # Prints: "made: T" and the command that runs it.
 set -euo pipefail
 
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 readonly ROOT
 
 fail() {
@@ -24,6 +24,13 @@ fail() {
 }
 
 usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+
+# Find python, and how a module of the project runs: from its folder, so that nothing in the user's shadows it.
+find_python() {
+  python=$ROOT/.venv/bin/python
+  [ -x "$python" ] || python=$(command -v python3) || fail "expected python3 on PATH, found none; run ./install.sh"
+  module=(env -C "$ROOT" "$python" -m)
+}
 
 parse_args() {
   model=${1:-} name='' tag='' precision='' batch=() gpu='' dry_run='' build=1
@@ -49,10 +56,11 @@ parse_args() {
     esac
     shift
   done
-  [[ $precision =~ ^(|ONNX|FP32|FP16|INT8|BEST)$ ]] || fail "--precision: expected ONNX, FP32, FP16, INT8 or BEST, found '$precision'" 2
+  find_python
+  local known
+  known=$("${module[@]}" serving.ask models)
+  [[ -z $precision || " $known " == *" $precision "* ]] || fail "--precision: expected one of $known, found '$precision'" 2
   [[ ${batch[1]-1} =~ ^[1-9][0-9]*$ ]] || fail "--max-batch-size: expected a number from 1, found '${batch[1]}'" 2
-  python=$ROOT/.venv/bin/python
-  [ -x "$python" ] || python=$(command -v python3) || fail "expected python3 on PATH, found none; run ./install.sh"
 }
 
 # Run a command, or with --dry-run only print it.
@@ -64,29 +72,14 @@ run() {
   fi
 }
 
-# What a repository's record says: name, precision or max_batch_size.
-served() { "$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["service"][sys.argv[2]])' "$repository/model.json" "$1"; }
-
-# The same of a package's manifest.
-packed() { tar -xzOf "$package" --wildcards '*/manifest.json' 2>/dev/null | "$python" -c 'import json, sys; print(json.load(sys.stdin)[sys.argv[1]])' "$1" 2>/dev/null; }
-
-# Sets repository, name, precision and tag; a checkpoint has no repository yet.
+# Sets kind (package, repository or checkpoint), name, precision and tag.
 read_model() {
-  repository='' package=''
-  if [ -f "$model" ]; then
-    package=$model
-    [ -n "$name" ] || name=$(packed name) || fail "$model: expected a package of verdicts.py, found none; see -h"
-    [ -n "$precision" ] || precision=$(packed model) && precision=${precision#TRT_}
-  elif [ -f "$model/model.json" ]; then
-    repository=$model
-    [ -n "$name" ] || name=$(served name) || fail "$model/model.json: expected what is served, found none; run classifier_repository.py"
-    [ -n "$precision" ] || precision=$(served precision)
-  else
-    model=${model%/}
-    [ -n "$name" ] || name=$(tr -c 'A-Za-z0-9.\n' - <<<"${model##*[/:]}")
-  fi
+  local own_name own_precision source
+  [ ! -e "$model" ] || model=$(realpath "$model")
+  source=$("${module[@]}" serving.ask source "$model") || exit 1
+  read -r kind own_precision own_name <<<"$source"
+  name=${name:-$own_name} precision=${precision:-$own_precision}
   check_name
-  precision=${precision:-ONNX}
   tag=${tag:-${name,,}:${precision,,}}
   [[ $tag =~ ^[a-z0-9][a-z0-9._/-]*(:[A-Za-z0-9_][A-Za-z0-9_.-]*)?$ ]] || fail "--tag: expected an image's name such as reviews:1, found '$tag'" 2
 }
@@ -102,14 +95,15 @@ need_docker() {
   reason=$(docker info 2>&1 >/dev/null) || fail "expected a running Docker, found: ${reason//$'\n'/; }; $1"
 }
 
-# The graphs: those of the repository or package, or an export of the checkpoint.
+# Sets repository, with the graphs: that of the model or package, or an export of the checkpoint.
 find_repository() {
-  if [ -n "$package" ]; then
+  repository=$model
+  if [ "$kind" = package ]; then
     run rm -rf "$context/package"
     run mkdir -p "$context/package"
-    run tar -xzf "$package" -C "$context/package" --strip-components=1
+    run tar -xzf "$model" -C "$context/package" --strip-components=1
     repository=$context/package/model_repository
-  elif [ -z "$repository" ]; then
+  elif [ "$kind" = checkpoint ]; then
     # not build/<name>: that may be the checkpoint, or a repository with graphs that are still wanted
     repository=$context/export
     run rm -rf "$repository"
@@ -125,13 +119,13 @@ write_context() {
   run mkdir -p "$context"
   run touch "$context/made"
   find_repository
-  local engine=onnx
-  [ -z "$gpu" ] || [ ! -f "$repository/model_TRT_$precision/1/model.plan" ] || engine=plan
-  run "$python" "$ROOT/classifier_repository.py" --repository "$repository" --precision "$precision" \
-    --name "$name" --engine "$engine" ${batch[@]+"${batch[@]}"} --output "$context/model_repository"
+  local engine=onnxruntime
+  [ -z "$gpu" ] || [ ! -f "$repository/model_TRT_$precision/1/model.plan" ] || engine=tensorrt
+  run "${module[@]}" serving.repository --repository "$repository" --precision "$precision" \
+    --name "$name" --engine "$engine" "${batch[@]}" --output "$context/model_repository"
   # the server is another user than the one who builds
   run chmod -R a+rX,go-w "$context/model_repository"
-  run cp "$ROOT/Dockerfile" "$ROOT/.dockerignore" "$context"
+  run cp "$ROOT/deploy/Dockerfile" "$ROOT/deploy/.dockerignore" "$context"
 }
 
 # Remove the images whose ids come in; by id: a tag may by now be another's image.
@@ -175,12 +169,12 @@ main() {
   [ -z "$gpu" ] || options+=(--gpus all) profile=gpu
   if [ -n "$build" ]; then
     # no network: the base image has all that is needed
-    run docker build --network none --tag "$tag" --iidfile "$context/image.id" --label "classifier=$name" "$context"
+    run docker build --network none --tag "$tag" --iidfile "$context/image.id" --label "service=$name" "$context"
     # the file has no line end, and the next image of this name overwrites it
     [ -n "$dry_run" ] || echo "$(<"$context/image.id")" >>"$context/images"
   fi
   [ -n "$dry_run" ] || echo "made: ${build:+$tag, }${context#"$ROOT"/}"
-  echo "run: docker run ${options[*]} $tag, or IMAGE=$tag docker compose --profile $profile up --wait"
+  echo "run: docker run ${options[*]} $tag, or IMAGE=$tag docker compose -f $ROOT/deploy/compose.yaml --profile $profile up --wait"
 }
 
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then main "$@"; fi

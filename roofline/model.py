@@ -10,85 +10,81 @@ min(peak, I · bandwidth)); NVIDIA, "GPU Performance Background User's Guide" (D
 on a network's layers: each input, weight and output is moved once.
 """
 
-import csv
-import difflib
 import math
-import re
-import sys
 from collections import namedtuple
 from fractions import Fraction
 from itertools import pairwise
 
-from core.files import ASSETS
-from core.record import gpu_record
-
-HARDWARE = ASSETS / "hardware.csv"
-DEFAULT_GPU = "T4"
-
-# bytes per element: of a quantizable Linear's inputs, weights, outputs; of every other layer.
-# INT8 is that of BEST: FP16 leaves the Linear and is what the layers without Q/DQ work in.
-Element = namedtuple("Element", "input weight output other")
-PRECISIONS = {
-    "FP32": Element(4, 4, 4, 4),
-    "TF32": Element(4, 4, 4, 4),  # stored as FP32
-    "FP16": Element(2, 2, 2, 2),
-    "INT8": Element(1, 1, 2, 2),
-}
-# what a matmul that stays outside Q/DQ is computed in
-OUTSIDE_QDQ = {"INT8": "FP16"}
+from core.tables import PRECISIONS
 
 ID_BYTES = 8  # token ids are int64
-FLOPS_PER_ELEMENT = {"softmax": 5, "GELU": 8, "LayerNorm": 5, "add": 1}  # conventions, not instructions
+# conventions, not instructions; an activation's are in its shape
+FLOPS_PER_ELEMENT = {"softmax": 5, "norm": 5, "rms norm": 4, "add": 1, "bias add": 1, "rotary": 3}
+FLOPS_PER_ELEMENT |= dict.fromkeys(("gather", "score gather", "table"), 0)
+MATMULS = ("linear", "conv", "scores", "context", "position scores")
 PRACTICAL_BATCH = 1024  # a threshold beyond it is solved, and of no use
 
 Cost = namedtuple("Cost", "flops inputs weights outputs")
 
 
-def cost(layer, batch, length):
-    """FLOPs of one call of a layer, and the elements that it reads and writes, each once.
+def elements(shape, batch, length):
+    """Elements of a tensor [B, L, width], or [B, heads, L, L] where the shape has no width."""
+    if "width" in shape:
+        return batch * length * shape["width"]
+    return batch * length * length * shape["heads"]
 
-    With T = B·L tokens: a Linear K→N has 2TKN FLOPs (its bias is left out); QKᵀ and AV have 2BL²D each,
-    D = heads · size of a head, scores are [B, heads, L, L]; LayerNorm, GELU and adds have the constants of
-    FLOPS_PER_ELEMENT; a gather has none and moves one row per token. Raises KeyError for an unknown shape.
+
+def cost(layer, batch, length):
+    """FLOPs of one call of a layer, and the elements that it reads and writes, each once; masks are left out.
+
+    Raises KeyError for an unknown operation.
     """
-    tokens, shape = batch * length, layer["shape"]
-    match layer["op"]:
-        case "linear":
-            k, n = shape["inputs"], shape["outputs"]
-            return Cost(2 * tokens * k * n, tokens * k, k * n, tokens * n)
-        case "scores":  # QKᵀ
-            d, h = shape["width"], shape["heads"]
-            return Cost(2 * tokens * length * d, 2 * tokens * d, 0, tokens * length * h)
-        case "context":  # AV
-            d, h = shape["width"], shape["heads"]
-            return Cost(2 * tokens * length * d, tokens * length * h + tokens * d, 0, tokens * d)
-        case "softmax":
-            n = tokens * length * shape["heads"]
-            return Cost(FLOPS_PER_ELEMENT["softmax"] * n, n, 0, n)
-        case "activation":
-            n = tokens * shape["width"]
-            return Cost(shape["flops_per_element"] * n, n, 0, n)
-        case "norm":
-            n = tokens * shape["width"]
-            return Cost(FLOPS_PER_ELEMENT["LayerNorm"] * n, n, shape["parameters"], n)
+    of_op = matmul_cost if is_matmul(layer) else elementwise_cost
+    return of_op(layer["op"], layer["shape"], batch, length)
+
+
+def matmul_cost(op, shape, batch, length):
+    """With T = B·L tokens: a Linear K→N has 2TKN FLOPs (its bias is left out), and fixed `rows` in T's place where it
+    projects a table; a convolution is a Linear of K·kernel/groups inputs; QKᵀ and AV have 2BL²D each, D = heads · size
+    of a head, scores are [B, heads, L, L]; scores against P positions, which a batch shares, have 2TPD.
+    """
+    tokens = shape.get("rows", batch * length)
+    if op in ("linear", "conv"):
+        k, n = shape["inputs"], shape["outputs"]
+        inner = k * shape.get("kernel", 1) // shape.get("groups", 1)
+        return Cost(2 * tokens * inner * n, tokens * k, inner * n, tokens * n)
+    d, keys = shape["width"], shape.get("positions", length)
+    flops, scores = 2 * tokens * keys * d, tokens * keys * shape["heads"]
+    if op == "context":
+        return Cost(flops, scores + tokens * d, 0, tokens * d)
+    if op == "position scores":
+        return Cost(flops, tokens * d, keys * d, scores)
+    return Cost(flops, 2 * tokens * d, 0, scores)
+
+
+def elementwise_cost(op, shape, batch, length):
+    """FLOPS_PER_ELEMENT of each output; a gather has none and moves what it picks. A table is gathered once for the
+    whole batch, which shares a norm's parameters, the biases that are added to scores, and the angles of a rotation.
+    """
+    if op == "table":
+        batch = 1
+    n = shape["rows"] * shape["width"] if "rows" in shape else elements(shape, batch, length)
+    if op == "activation":
+        return Cost(shape["flops_per_element"] * n, n, 0, n)
+    flops = FLOPS_PER_ELEMENT[op] * n
+    match op:
         case "add":
-            n = tokens * shape["width"]
-            return Cost(n, 2 * n, 0, n)
-        case "gather":
-            n = tokens * shape["width"]
-            return Cost(0, n, 0, n)
-        case "bias gather":  # one value per pair of positions and head, whatever the batch
-            n = length * length * shape["heads"]
-            return Cost(0, n, 0, n)
+            return Cost(flops, 2 * n, 0, n)
         case "bias add":
-            n = tokens * length * shape["heads"]
-            return Cost(n, n, length * length * shape["heads"], n)
-    raise KeyError(layer["op"])
+            return Cost(flops, n, elements(shape, 1, length), n)
+        case "rotary":  # a sine and a cosine per position and element of a head
+            return Cost(flops, n, 2 * length * shape["size"], n)
+    return Cost(flops, n, shape.get("parameters", 0), n)
 
 
 def element_bytes(layer, precision):
     """Bytes per element (input, weight, output) of a layer in a precision."""
-    e = PRECISIONS[precision]
+    e = PRECISIONS[precision].element
     if layer["op"] == "linear":
         return e.input, e.weight, e.output
     return e.other, e.other, e.other
@@ -107,14 +103,12 @@ def intensity(layer, batch, length, precision):
     return cost(layer, batch, length).flops / bytes_moved(layer, batch, length, precision)
 
 
-def limiting_intensity(layer, length, precision):
-    """What the intensity tends to as the batch grows, in FLOP/byte: the weights' bytes no longer count.
-
-    A Linear: 2KN / (s_x·K + s_y·N). A layer without weights has this intensity at every batch.
-    """
-    c = cost(layer, 1, length)
-    _, s_w, _ = element_bytes(layer, precision)
-    return c.flops / (bytes_moved(layer, 1, length, precision) - s_w * c.weights)
+def fold_equal(kinds):
+    """Kinds of layers of one operation and shape as lists: Q, K, V and the output projection share every number."""
+    groups = {}
+    for kind in kinds:
+        groups.setdefault((kind["op"], *sorted(kind["shape"].items())), []).append(kind)
+    return list(groups.values())
 
 
 # --- a GPU ---------------------------------------------------------------------------
@@ -122,7 +116,7 @@ def limiting_intensity(layer, length, precision):
 
 def is_matmul(layer):
     """Whether the layer runs on the tensor cores; all others run on the vector units."""
-    return layer["op"] in ("linear", "scores", "context")
+    return layer["op"] in MATMULS
 
 
 def peak_flops(gpu, layer, precision):
@@ -130,9 +124,8 @@ def peak_flops(gpu, layer, precision):
     GPU has no such precision. In FP32 a matmul runs on the vector units too."""
     if not is_matmul(layer):
         return gpu["peak_flops"]["FP32"]
-    if layer["op"] != "linear":
-        precision = OUTSIDE_QDQ.get(precision, precision)
-    return gpu["peak_flops"][precision]
+    row = PRECISIONS[precision]
+    return gpu["peak_flops"].get(row.peak if layer["op"] == "linear" else row.other_peak)
 
 
 def ridge_point(peak, bandwidth):
@@ -145,14 +138,14 @@ def threshold(layer, length, precision, peak, bandwidth):
 
     I(T) = R with R = peak / bandwidth gives for a Linear K→N
         T* = R·s_w·K·N / (2KN − R·(s_x·K + s_y·N)),  B* = T* / L,
-    which exists only where the limit 2KN / (s_x·K + s_y·N) is above R. A layer without weights has one intensity
-    for every batch: "always" or "never". Solved in rational numbers, so that a batch exactly on the ridge counts.
+    which exists only where the limit 2KN / (s_x·K + s_y·N) is above R. A layer without weights, or on rows that do
+    not grow with the batch, has one intensity for every batch: "always" or "never". Solved in rational numbers, so that a batch exactly on the ridge counts.
     Returns {"verdict": "from"|"always"|"never", "batch_real", "batch", "limiting_intensity", "ridge_point"}.
     """
     ridge = Fraction(str(peak)) / Fraction(str(bandwidth))
     c = cost(layer, 1, length)
     _, s_w, _ = element_bytes(layer, precision)
-    weights = s_w * c.weights
+    weights = 0 if "rows" in layer["shape"] else s_w * c.weights
     rest = bytes_moved(layer, 1, length, precision) - weights  # grows with the batch, as the FLOPs do
     found = {"limiting_intensity": c.flops / rest, "ridge_point": float(ridge), "batch_real": None, "batch": None}
     gain = c.flops - ridge * rest
@@ -241,75 +234,3 @@ def least_time_fused(layers, batch, length, precision, gpu):
         seconds = max(*units.values(), fused_bytes(group, batch, length, precision) / gpu["bandwidth"])
         total += group[0]["calls"] * seconds
     return total
-
-
-# --- the hardware table --------------------------------------------------------------
-
-
-def read_hardware(path=HARDWARE):
-    """{name: gpu} of assets/hardware.csv; a gpu is {"name", "pattern", "peak_flops", "bandwidth", "l2_bytes", "source"}."""
-    gpus = {}
-    with open(path, newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            columns = {"FP32": "fp32_tflops", "TF32": "tf32_tflops", "FP16": "fp16_tflops", "INT8": "int8_tops"}
-            gpus[row["gpu"]] = {
-                "name": row["gpu"],
-                "pattern": row["name_pattern"],
-                "peak_flops": {p: float(row[c]) * 1e12 if row[c] else None for p, c in columns.items()},
-                "bandwidth": float(row["bandwidth_gb_s"]) * 1e9,
-                "l2_bytes": float(row["l2_mb"]) * 1e6,
-                "source": row["source"],
-            }
-    return gpus
-
-
-def find_gpu(name, gpus):
-    """The row of a GPU: by name, else the one in this machine, else DEFAULT_GPU; exits for an unknown name."""
-    if name is None:
-        found = (gpu_record() or {}).get("name", "")
-        known = [g for g in gpus.values() if re.search(g["pattern"], found, re.IGNORECASE)]
-        if found and not known:
-            print(f"{found}: not in {HARDWARE.name}, {DEFAULT_GPU} is taken; see --peak-tflops", file=sys.stderr)
-        return known[0] if known else gpus[DEFAULT_GPU]
-    key = plain(name)
-    by_key = {plain(n): n for n in gpus}
-    if key in by_key:
-        return gpus[by_key[key]]
-    near = [n for k, n in by_key.items() if key and (key in k or k in key)]
-    near += [by_key[k] for k in difflib.get_close_matches(key, by_key, n=4, cutoff=0.4) if by_key[k] not in near]
-    raise SystemExit(
-        f"--gpu: expected a GPU of {HARDWARE.name}, found {name}; near it: {', '.join(near or gpus)}; "
-        "their peaks: --list-gpus; one of your own: --peak-tflops, --bandwidth-gb-s"
-    )
-
-
-def plain(name):
-    return re.sub(r"[^a-z0-9]", "", name.lower().replace("nvidia", "").replace("geforce", "").replace("tesla", ""))
-
-
-def own_gpu(peaks, bandwidth_gb_s, name):
-    """A row of the user's own. peaks: "8.1" for every precision, or several of "FP16=65", in TFLOP/s."""
-    found = dict.fromkeys(PRECISIONS)
-    for text in peaks:
-        precision, _, value = text.rpartition("=")
-        try:
-            number = float(value)
-        except ValueError:
-            number = 0.0
-        if not 0 < number < math.inf or (precision and precision.upper() not in PRECISIONS):
-            raise SystemExit(
-                f"--peak-tflops: expected a number above 0, or PRECISION=NUMBER with {', '.join(PRECISIONS)}, found {text}"
-            )
-        found |= dict.fromkeys([precision.upper()] if precision else PRECISIONS, number * 1e12)
-    if found["FP32"] is None:
-        raise SystemExit(f"--peak-tflops: expected FP32=NUMBER too, the vector units' peak, found {' '.join(peaks)}")
-    if not 0 < bandwidth_gb_s < math.inf:
-        raise SystemExit(f"--bandwidth-gb-s: expected a number above 0, found {bandwidth_gb_s:g}")
-    return {
-        "name": name or "own",
-        "pattern": None,
-        "peak_flops": found,
-        "bandwidth": bandwidth_gb_s * 1e9,
-        "l2_bytes": None,
-        "source": "--peak-tflops, --bandwidth-gb-s",
-    }

@@ -10,6 +10,7 @@ import itertools
 import math
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -79,42 +80,65 @@ def measure_ridge(kinds, length, device, min_run_time_s):
 def make_call(layer, batch, length, device):
     """(function, activations, weights) of a layer in the shapes of the model; the function takes both."""
     shape, op = layer["shape"], layer["op"]
+    heads, width = shape.get("heads"), shape.get("width")
+    size = max(1, width // heads) if width and heads else None  # of a head
 
-    def rand(*size):
-        return torch.rand(*size, device=device) - 0.5
+    def rand(*dims):
+        return torch.rand(*dims, device=device) - 0.5
 
-    if op == "linear":
-        k, n = shape["inputs"], shape["outputs"]
-        return F.linear, (rand(batch, length, k),), (rand(n, k), rand(n))
-    if op in ("scores", "context"):
-        heads, size = shape["heads"], max(1, shape["width"] // shape["heads"])
-        if op == "scores":
+    tokens = (shape["rows"],) if "rows" in shape else (batch, length)
+    # [B, L, width], or [B, heads, L, L] where the shape has no width
+    whole = (*tokens, width) if width else (batch, heads, length, length)
+    match op:
+        case "linear":
+            k, n = shape["inputs"], shape["outputs"]
+            return F.linear, (rand(*tokens, k),), (rand(n, k), rand(n))
+        case "conv":
+            k, n, kernel, groups = (shape[x] for x in ("inputs", "outputs", "kernel", "groups"))
+            function = partial(F.conv1d, padding=kernel // 2, groups=groups)
+            return function, (rand(batch, k, length),), (rand(n, k // groups, kernel), rand(n))
+        case "scores":
             q, k = (rand(batch, heads, length, size) for _ in range(2))
             return torch.matmul, (q, k.transpose(2, 3)), ()
-        return torch.matmul, (rand(batch, heads, length, length), rand(batch, heads, length, size)), ()
-    if op == "softmax":
-        return lambda x: F.softmax(x, dim=-1), (rand(batch, shape["heads"], length, length),), ()
-    if op == "activation":
-        function = {"GELU": F.gelu, "ReLU": F.relu, "Tanh": torch.tanh}[layer["kind"]]
-        return function, (rand(batch, length, shape["width"]),), ()
-    if op == "norm":
-        width = shape["width"]
-        return lambda x, w: F.layer_norm(x, (width,), w, w), (rand(batch, length, width),), (rand(width),)
-    if op in ("add", "bias add"):
-        width = shape.get("width", length * shape.get("heads", 1))
-        return torch.add, (rand(batch, length, width), rand(batch, length, width)), ()
-    if op in ("gather", "bias gather"):
-        rows = 30522  # of a word table; which rows is what counts, not how many there are
-        count = (batch, length) if op == "gather" else (length, length)
-        ids = torch.randint(rows, count, device=device)
-        return F.embedding, (ids,), (rand(rows, shape.get("width", shape.get("heads"))),)
+        case "position scores":
+            return torch.matmul, (rand(batch, heads, length, size),), (rand(heads, size, shape["positions"]),)
+        case "context":
+            return torch.matmul, (rand(batch, heads, length, length), rand(batch, heads, length, size)), ()
+        case "softmax":
+            return partial(F.softmax, dim=-1), (rand(*whole),), ()
+        case "activation":
+            return {"GELU": F.gelu, "ReLU": F.relu, "Tanh": torch.tanh}[layer["kind"]], (rand(*whole),), ()
+        case "norm":
+            return lambda x, w: F.layer_norm(x, (width,), w, w), (rand(*whole),), (rand(width),)
+        case "rms norm":
+            return lambda x, w: F.rms_norm(x, (width,), w), (rand(*whole),), (rand(width),)
+        case "add":
+            return torch.add, (rand(*whole), rand(*whole)), ()
+        case "bias add":
+            return torch.add, (rand(*whole),), (rand(heads, length, length),)
+        case "rotary":
+            size = shape["size"]
+            return rotate_halves, (rand(batch, width // size, length, size),), (rand(length, size), rand(length, size))
+        case "score gather":
+            index = torch.randint(length, whole, device=device)
+            return lambda x, i: x.gather(-1, i), (rand(*whole), index), ()
+        case "gather" | "table":
+            rows = 30522  # of a word table; which rows is what counts, not how many there are
+            count = (batch, length) if op == "gather" else (length,) if width else (length, length)
+            return F.embedding, (torch.randint(rows, count, device=device),), (rand(rows, width or heads),)
     raise KeyError(op)
+
+
+def rotate_halves(x, cosine, sine):
+    """A rotary embedding, as transformers computes it."""
+    left, right = x.chunk(2, dim=-1)
+    return x * cosine + torch.cat((-right, left), dim=-1) * sine
 
 
 def tiny(layer):
     """The same operation on next to nothing: its time is the overhead of a call."""
-    small = {"inputs": 8, "outputs": 8, "width": 8, "heads": 1, "parameters": 16, "flops_per_element": 1}
-    return layer | {"shape": {key: small[key] for key in layer["shape"]}}
+    small = {"inputs": 8, "outputs": 8, "width": 8, "size": 8, "rows": 1, "positions": 8, "parameters": 16}
+    return layer | {"shape": {key: small.get(key, 1) for key in layer["shape"]}}
 
 
 def rotate(tensors, device):
@@ -162,7 +186,7 @@ def measure_layer(layer, batch, length, device, min_run_time_s):
     function, inputs, weights = make_call(layer, batch, length, device)
     warm = least_seconds(lambda: function(*inputs, *weights), min_run_time_s)
     cold = None
-    if "gather" in layer["op"]:
+    if layer["op"] in ("gather", "table"):
         everything = rotate_rows(*inputs, *weights, bytes_moved(layer, batch, length, PRECISION), device)
     else:
         everything = rotate((*inputs, *weights), device)
@@ -186,7 +210,7 @@ def bound_of(times):
 def measure_layers(embedder, kinds, length, min_run_time_s):
     """Times of every kind of layer at batch 1 and 8 and of the whole model, beside the roofline of this machine.
 
-    embedder: the model in FP32; kinds: layers.by_kind. Runs on CUDA where torch finds a GPU, else on the CPU.
+    embedder: the model in FP32; kinds: layers.by_kind. It runs on CUDA where torch finds a GPU, else on the CPU.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name(0) if device == "cuda" else "this CPU"

@@ -1,4 +1,4 @@
-"""Find NVIDIA's perf_analyzer, or fetch it: what perf.py does before it measures.
+"""NVIDIA's perf_analyzer: find it, or fetch it, and run it for a given number of requests.
 
 Taken from PATH; where there is none (or only the empty package of that name), from the
 tritonclient wheel that carries it, into build/perf_analyzer/; or from the SDK image.
@@ -6,43 +6,77 @@ tritonclient wheel that carries it, into build/perf_analyzer/; or from the SDK i
 
 import contextlib
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import uuid
 import zipfile
+from collections import namedtuple
 from pathlib import Path
 
 from core.files import ROOT, replace_when_done
+from core.tables import SDK_IMAGE
 
 WHEEL = "tritonclient==2.51.0"  # later wheels no longer carry the binary
-SDK_IMAGE = "nvcr.io/nvidia/tritonserver:26.05-py3-sdk"
+
+# container: its name, where the tool runs in one, else None
+Tool = namedtuple("Tool", "command environment container")
+
+
+class Refused(Exception):
+    """A window that must not become a number."""
+
+
+class Hung(Refused):
+    """perf_analyzer did not end. With a given number of requests it sometimes waits for ever."""
+
+
+# --- running it ----------------------------------------------------------------------
+
+
+def run_requests(tool, options, requests, folder, timeout_s):
+    """Send `requests` requests -> ([(sent, answered)] in nanoseconds, the tool's CSV). Raises Refused, Hung."""
+    csv_path, times_path = folder / "window.csv", folder / "times.json"
+    for path in (csv_path, times_path):
+        path.unlink(missing_ok=True)
+    options = [*options, "--request-count", str(requests), "--verbose-csv", "-f", str(csv_path)]
+    done = run_tool(tool, [*options, "--profile-export-file", str(times_path)], timeout_s)
+    if done.returncode or not csv_path.exists() or not times_path.exists():
+        lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
+        raise Refused(f"perf_analyzer: {lines[-1]}")
+    (experiment,) = json.loads(times_path.read_text())["experiments"]
+    times = [(request["timestamp"], request["response_timestamps"][-1]) for request in experiment["requests"]]
+    if len(times) != requests:
+        raise Refused(f"perf_analyzer: expected {requests} requests, found {len(times)}")
+    return times, csv_path.read_text()
+
+
+def run_tool(tool, options, timeout_s):
+    """The finished process. Raises Hung after timeout_s; nothing of the tool goes on then, nor after Ctrl-C."""
+    try:
+        argv = [*tool.command, *options]
+        return subprocess.run(argv, env=tool.environment, capture_output=True, text=True, timeout=timeout_s)
+    except BaseException as error:
+        if tool.container:  # killing docker's client leaves its container running
+            subprocess.run(["docker", "rm", "--force", tool.container], capture_output=True)
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise Hung(f"perf_analyzer: expected it to end within {timeout_s:.0f} s, found it waiting") from None
+        raise
+
+
+# --- finding it ----------------------------------------------------------------------
 
 
 def find_perf_analyzer(docker, shared):
-    """(command, environment) of a working perf_analyzer; fetches it once where there is none.
-
-    shared: folder that the container has to see under the same name.
-    """
+    """A Tool that works; fetched once where there is none. The container sees the folder `shared` under its name."""
     if docker:
-        if not shutil.which("docker") or subprocess.run(["docker", "info"], capture_output=True).returncode:
-            raise SystemExit("--docker: expected a running Docker, found none; install it, or leave --docker out")
-        user = f"{os.getuid()}:{os.getgid()}"
-        return [
-            "docker",
-            "run",
-            "--rm",
-            "--net=host",
-            f"--user={user}",
-            "-v",
-            f"{shared}:{shared}",
-            SDK_IMAGE,
-            "perf_analyzer",
-        ], dict(os.environ)
+        return find_in_docker(shared)
     found = shutil.which("perf_analyzer")
     if found and runs(found, os.environ):
-        return [found], dict(os.environ)
+        return Tool([found], dict(os.environ), None)
     folder = ROOT / "build" / "perf_analyzer"
     libraries = os.pathsep.join(filter(None, [str(folder), os.environ.get("LD_LIBRARY_PATH")]))
     environment = dict(os.environ, LD_LIBRARY_PATH=libraries)
@@ -54,7 +88,17 @@ def find_perf_analyzer(docker, shared):
         raise SystemExit(
             f"{binary}: expected a program that runs, found one that does not; put perf_analyzer on PATH, or use --docker"
         )
-    return [str(binary)], environment
+    return Tool([str(binary)], environment, None)
+
+
+def find_in_docker(shared):
+    """perf_analyzer of the SDK image, in a container that has a name, so that it can be removed."""
+    if not shutil.which("docker") or subprocess.run(["docker", "info"], capture_output=True).returncode:
+        raise SystemExit("--docker: expected a running Docker, found none; install it, or leave --docker out")
+    name = f"perf_analyzer-{uuid.uuid4().hex[:12]}"
+    command = ["docker", "run", "--rm", f"--name={name}", "--net=host", f"--user={os.getuid()}:{os.getgid()}"]
+    command += ["--mount", f"type=bind,source={shared},target={shared}", SDK_IMAGE, "perf_analyzer"]
+    return Tool(command, dict(os.environ), name)
 
 
 def runs(binary, environment):

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,6 +27,8 @@ def run(*command, timeout_s=300, **options):
     """Run a script of the project; returns the finished process with stdout and stderr."""
     name, *rest = map(str, command)
     argv = [sys.executable, str(ROOT / name), *rest] if name.endswith(".py") else [str(ROOT / name), *rest]
+    if name.startswith("serving."):  # a module that is a command
+        argv, options = [sys.executable, "-m", name, *rest], {"cwd": ROOT} | options
     return subprocess.run(argv, capture_output=True, text=True, timeout=timeout_s, **options)
 
 
@@ -85,6 +88,15 @@ def copy_repository(chain, folder):
     return folder / "model_repository"
 
 
+def link_copy(source, target):
+    """A service's repository of one's own to break: links to the graphs, copies of the rest."""
+    return Path(
+        shutil.copytree(
+            source, target, copy_function=lambda a, b: os.link(a, b) if a.endswith(".onnx") else shutil.copy(a, b)
+        )
+    )
+
+
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory):
     """MiniLM exported and quantized into a folder of its own."""
@@ -92,10 +104,9 @@ def exported(tmp_path_factory):
     chain = SimpleNamespace(
         repository=folder / "model_repository", assets=folder / "assets", results=folder / "results"
     )
-    places = ("--repository", chain.repository, "--assets", chain.assets)
-    results = ("--results", chain.results)
-    succeed("torch2onnx.py", "--model", MINILM, *places, *results)
-    succeed("quantize.py", *places, *results, "--max-selection-texts", 16)
+    results = ("--repository", chain.repository, "--results", chain.results)
+    succeed("torch2onnx.py", "--model", MINILM, "--assets", chain.assets, *results)
+    succeed("quantize.py", *results, "--max-selection-texts", 16)
     return chain
 
 
@@ -113,18 +124,10 @@ def chain(exported):
 @pytest.fixture(scope="session")
 def quality(chain):
     """quality.json of a run of client.py over 48 texts."""
-    options = (
-        "--url",
-        chain.http,
-        "--repository",
-        chain.repository,
-        "--assets",
-        chain.assets,
-        "--results",
-        chain.results,
-    )
+    options = ("--url", chain.http, "--repository", chain.repository, "--results", chain.results)
     succeed("client.py", *options, "--max-texts", 48)
-    return json.loads((chain.results / "all-MiniLM-L6-v2" / "quality.json").read_text())
+    (path,) = chain.results.glob("all-MiniLM-L6-v2/*/quality.json")
+    return json.loads(path.read_text())
 
 
 # --- a classifier, from labelled texts to a server ------------------------------------------
@@ -153,9 +156,9 @@ def reviews(trained, tmp_path_factory):
 @pytest.fixture(scope="session")
 def service(reviews):
     """The classifier, served."""
-    done, (http, _) = start_server(reviews.repository)
+    done, (http, grpc) = start_server(reviews.repository)
     assert done.returncode == 0, done.stderr
-    reviews.http_port, reviews.http = http, f"127.0.0.1:{http}"
+    reviews.http_port, reviews.http, reviews.grpc = http, f"127.0.0.1:{http}", f"127.0.0.1:{grpc}"
     yield reviews
     succeed("serve.sh", "stop", "--http-port", http)
 

@@ -37,11 +37,11 @@ def test_logits_are_those_of_the_original_with_its_own_tokenizer(reviews):
     tokenizer = transformers.AutoTokenizer.from_pretrained(reviews.checkpoint)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(reviews.checkpoint).eval()
     session = onnx_runtime.open_session(reviews.repository / "model_ONNX/1/model.onnx")
-    served = tokens.load_served_tokenizer(reviews.repository / "tokenizer/tokenizer.json")
+    served = tokens.load_tokenizer(reviews.repository / "tokenizer/tokenizer.json")
     for text in texts:
-        tokens = tokenizer(text, truncation=True, max_length=512, return_tensors="pt")
+        ids = tokenizer(text, truncation=True, max_length=512, return_tensors="pt")
         with torch.inference_mode():
-            expected = model(**tokens).logits.numpy()
+            expected = model(**ids).logits.numpy()
         feeds = tokens.encode(served, [text], ["INPUT_IDS", "ATTENTION_MASK", "TOKEN_TYPE_IDS"])
         np.testing.assert_allclose(session.run(["LOGITS"], feeds)[0], expected, atol=1e-4)
 
@@ -50,7 +50,7 @@ def test_a_text_is_cut_and_padded_on_the_tokenizers_side(tmp_path):
     sides = {"truncation_side": "left", "padding_side": "left"}
     folder = save_classifier(tmp_path / "c", tiny_config(), **sides)
     assert export(tmp_path / "r", folder, "--max-length", 16).returncode == 0
-    served = tokens.load_served_tokenizer(tmp_path / "r/tokenizer/tokenizer.json")
+    served = tokens.load_tokenizer(tmp_path / "r/tokenizer/tokenizer.json")
     texts = ["one two", " ".join(f"word {i}" for i in range(40))]
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     expected = tokenizer(texts, padding="max_length", truncation=True, max_length=16)
@@ -64,9 +64,9 @@ def test_a_fixed_length_reaches_graph_configs_and_tokenizer(tmp_path, tiny):
     assert export(tmp_path / "r", tiny.checkpoint, "--max-length", 24).returncode == 0
     assert shapes(tmp_path / "r")["INPUT_IDS"] == ["batch", 24]
     assert "dims: 24" in (tmp_path / "r/tokenizer/config.pbtxt").read_text()
-    served = tokens.load_served_tokenizer(tmp_path / "r/tokenizer/tokenizer.json")
+    served = tokens.load_tokenizer(tmp_path / "r/tokenizer/tokenizer.json")
     assert tokens.encode(served, ["a", "word " * 99], ["INPUT_IDS"])["INPUT_IDS"].shape == (2, 24)
-    succeed("repository.py", "--repository", tmp_path / "r")
+    succeed("serving.check", "--repository", tmp_path / "r")
 
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
@@ -95,17 +95,17 @@ def test_token_types_are_an_input_only_where_the_model_wants_them(tmp_path, conf
 
 
 def test_labels_of_a_file_win_also_inverted(tmp_path, tiny):
-    path = tmp_path / "labels.json"
+    path = tmp_path / "settings.json"
     for content in ({"0": "no", "1": "yes"}, {"yes": 1, "no": 0}):
         path.write_text(json.dumps(content))
         assert export(tmp_path / "r", tiny.checkpoint, "--labels", path).returncode == 0
-        assert json.loads((tmp_path / "r/postprocess/1/labels.json").read_text())["labels"] == ["no", "yes"]
+        assert json.loads((tmp_path / "r/postprocess/1/settings.json").read_text())["labels"] == ["no", "yes"]
 
 
 def test_several_labels_at_once_are_scored_by_a_sigmoid(tmp_path):
     config = tiny_config(("joy", "anger", "fear"), problem_type="multi_label_classification")
     assert export(tmp_path / "r", save_classifier(tmp_path / "c", config)).returncode == 0
-    settings = json.loads((tmp_path / "r/postprocess/1/labels.json").read_text())
+    settings = json.loads((tmp_path / "r/postprocess/1/settings.json").read_text())
     assert settings == {"labels": ["joy", "anger", "fear"], "score": "sigmoid"}
 
 
@@ -153,8 +153,8 @@ def test_refuses_one_class(tmp_path):
     ],
 )
 def test_refuses_labels_that_do_not_fit(tmp_path, tiny, content, words):
-    (tmp_path / "labels.json").write_text(content)
-    refuse(tmp_path, tiny.checkpoint, "labels.json", *words, options=("--labels", tmp_path / "labels.json"))
+    (tmp_path / "settings.json").write_text(content)
+    refuse(tmp_path, tiny.checkpoint, "settings.json", *words, options=("--labels", tmp_path / "settings.json"))
 
 
 def test_refuses_a_checkpoint_with_doubled_labels(tmp_path):

@@ -19,8 +19,8 @@ from conftest import ROOT, copy_repository, free_ports, run, start_server, succe
 from tritonclient.utils import InferenceServerException
 
 import client
-import torch2onnx
 from core import checkpoint, files, onnx_runtime, tables
+from serving import server
 
 OUTPUTS = {f"EMBEDDING_{suffix}" for suffix in tables.EMBEDDERS}
 HARD_TEXTS = {
@@ -68,17 +68,17 @@ def test_tokenizer_model_agrees_with_transformers(chain):
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.packaged_folder())
     texts = [*files.read_texts(files.TEXTS)[:40], "", "word " * 300]
     for text in texts:
-        found = client.infer("tokenizer", text, ["INPUT_IDS", "ATTENTION_MASK"], chain.http, "http")
-        ids, mask = torch2onnx.tokenize(tokenizer, [text], 128)
-        np.testing.assert_array_equal(found["INPUT_IDS"], ids.numpy())
-        np.testing.assert_array_equal(found["ATTENTION_MASK"], mask.numpy())
+        found = server.infer("tokenizer", server.text_tensor([text]), ["INPUT_IDS", "ATTENTION_MASK"], chain.http)
+        expected = tokenizer([text], padding="max_length", truncation=True, max_length=128)
+        np.testing.assert_array_equal(found["INPUT_IDS"], expected["input_ids"])
+        np.testing.assert_array_equal(found["ATTENTION_MASK"], expected["attention_mask"])
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
 def test_served_embeddings_are_those_of_the_graphs(chain, protocol):
     text = "The kettle whistles while the radio plays."
     url = chain.http if protocol == "http" else chain.grpc
-    feeds = client.infer("tokenizer", text, ["INPUT_IDS", "ATTENTION_MASK"], url, protocol)
+    feeds = server.infer("tokenizer", server.text_tensor([text]), ["INPUT_IDS", "ATTENTION_MASK"], url, protocol)
     embeddings = client.call_triton(text, url, protocol)
     for suffix, model in tables.EMBEDDERS.items():
         expected = onnx_runtime.open_session(chain.repository / model / "1/model.onnx").run(None, feeds)[0]
@@ -165,7 +165,7 @@ def ids_input(value):
 
 
 def executions(chain, model):
-    stats = client.connect(chain.http, "http")[0].get_inference_statistics(model)["model_stats"][0]
+    stats = server.connect(chain.http, "http")[0].get_inference_statistics(model)["model_stats"][0]
     return stats["execution_count"]
 
 

@@ -14,8 +14,8 @@ import torch
 import transformers
 from conftest import MINILM, ROOT, run, succeed
 
-import torch2onnx
 from core import checkpoint, files, onnx_runtime
+from tasks import embedding
 
 MINILM_FOLDER = checkpoint.packaged_folder()
 
@@ -64,10 +64,11 @@ def test_two_exports_give_the_same_file_without_paths_of_the_machine(exported, t
 def test_every_real_token_matches_torch_on_texts_outside_the_check(exported):
     texts = ["A text that no file holds.", "", "naïve café 🙂 " * 30]
     tokenizer = transformers.AutoTokenizer.from_pretrained(MINILM_FOLDER)
-    ids, mask = torch2onnx.tokenize(tokenizer, texts, 128)
+    batch = tokenizer(texts, padding="max_length", truncation=True, max_length=128, return_tensors="pt")
+    ids, mask = batch["input_ids"], batch["attention_mask"]
     transformer = transformers.AutoModel.from_pretrained(MINILM_FOLDER).eval()
     with torch.inference_mode():
-        expected = torch2onnx.Embedder(transformer, 2, seed=0)(ids, mask).numpy()
+        expected = embedding.Embedder(transformer, 2, seed=0)(ids, mask).numpy()
     session = onnx_runtime.open_session(exported.repository / "model_ONNX/1/model.onnx")
     found = session.run(None, {"INPUT_IDS": ids.numpy(), "ATTENTION_MASK": mask.numpy()})[0]
     real = mask.numpy().astype(bool)
@@ -103,8 +104,8 @@ def test_length_and_outputs_reach_graph_configs_and_tokenizer(tmp_path):
     checkpoint = save_checkpoint(tmp_path / "checkpoint", transformers.BertConfig(**TINY))
     options = ("--max-length", 48, "--num-outputs", 3)
     succeed("torch2onnx.py", "--model", checkpoint, *options, *places(tmp_path))
-    succeed("quantize.py", "--only", "FP32", *places(tmp_path)[:4])
-    done = run("repository.py", "--repository", tmp_path / "model_repository")
+    succeed("quantize.py", "--only", "FP32", *places(tmp_path)[:2])
+    done = run("serving.check", "--repository", tmp_path / "model_repository")
     # the configs fit; the next thing that is missing is the next step's
     assert "model_TRT_FP16/1/model.onnx: expected an ONNX graph" in done.stderr and "quantize.py" in done.stderr
     config = (tmp_path / "model_repository/ensemble/config.pbtxt").read_text()

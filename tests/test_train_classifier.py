@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ROOT, run, run_here, succeed
+from conftest import ROOT, run, run_here, save_classifier, succeed, tiny_config
 
 import train_classifier
-from core import labelled
+from core import files, labelled
+from core.checkpoint import weights_sha256
+from core.record import results_folder
 
 # a folder with sst2_train.tsv and sst2_dev.tsv (text, label 0 or 1, no header); it is not part of the project
 SST2 = Path(os.environ.get("SST2_FOLDER", "nowhere"))
@@ -28,7 +30,9 @@ def test_the_checkpoint_is_a_normal_one_that_beats_guessing(trained):
     record = json.loads((trained.folder / "training.json").read_text())
     assert record["accuracy"] == pytest.approx(accuracy)
     assert accuracy >= 0.75
-    assert json.loads((trained.results / "reviews-checkpoint/training.json").read_text()) == record
+    folder = results_folder(trained.results, {"slug": "reviews-checkpoint"})
+    assert json.loads((folder / "training.json").read_text()) == record
+    assert record["weights_sha256"] == weights_sha256(trained.folder)  # what ties it to an export and its study
 
 
 def test_the_projects_labelled_texts_are_balanced_and_not_doubled():
@@ -40,9 +44,9 @@ def test_the_projects_labelled_texts_are_balanced_and_not_doubled():
 @pytest.mark.skipif(not (SST2 / "sst2_train.tsv").is_file(), reason="SST2_FOLDER names no folder with sst2_train.tsv")
 def test_sst2_dev_accuracy_is_at_least_080_within_15_minutes(tmp_path):
     columns = ("--text-column", 1, "--label-column", 2, "--label-names", "negative", "positive")
-    files = ("--data", SST2 / "sst2_train.tsv", "--eval", SST2 / "sst2_dev.tsv")
+    texts = ("--data", SST2 / "sst2_train.tsv", "--eval", SST2 / "sst2_dev.tsv")
     places = ("--output", tmp_path / "sst2", "--results", tmp_path / "results")
-    succeed("train_classifier.py", *files, *columns, "--epochs", 2, *places, timeout_s=900)
+    succeed("train_classifier.py", *texts, *columns, "--epochs", 2, *places, timeout_s=900)
     assert json.loads((tmp_path / "sst2/training.json").read_text())["accuracy"] >= 0.80
 
 
@@ -69,8 +73,8 @@ GOOD = "text\tlabel\ngood\tyes\nbad\tno\n"
     ],
 )
 def test_bad_data_gets_one_clear_line(tmp_path, content, options, words):
-    files = ("--data", write(tmp_path, content), "--output", tmp_path / "out", "--results", tmp_path)
-    done = run_here(train_classifier, *files, *options)
+    places = ("--data", write(tmp_path, content), "--output", tmp_path / "out", "--results", tmp_path)
+    done = run_here(train_classifier, *places, *options)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert all(word in done.stderr for word in ("data.tsv" if "--label-names" not in options else "", *words)), (
@@ -112,3 +116,65 @@ def test_a_folder_with_other_things_is_not_replaced(tmp_path):
     done = run("train_classifier.py", "--output", tmp_path / "letters")
     assert done.returncode == 1 and "name another" in done.stderr
     assert (tmp_path / "letters/one.txt").read_text() == "dear"
+
+
+# --- interrupted ---------------------------------------------------------------------
+
+
+def content(folder):
+    return {str(p.relative_to(folder)): files.sha256(p) for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def retrain(tmp_path):
+    """(checkpoint of a tiny first training, function that trains it anew)."""
+    encoder = save_classifier(tmp_path / "encoder", tiny_config())
+    output = tmp_path / "out" / "checkpoint"
+
+    def again(seed):
+        data = write(tmp_path, GOOD + "fine\tyes\nawful\tno\nwell\tyes\n")
+        places = ("--data", data, "--output", output, "--results", tmp_path / "results")
+        return run_here(train_classifier, "--model", encoder, *places, "--epochs", 1, "--seed", seed)
+
+    done = again(0)
+    assert done.returncode == 0, done.stderr
+    return output, again
+
+
+def test_a_training_replaces_the_one_before(retrain):
+    output, again = retrain
+    before = content(output)
+    assert again(1).returncode == 0
+    after = content(output)
+    assert after.keys() == before.keys() and after["model.safetensors"] != before["model.safetensors"]
+    assert [p.name for p in output.parent.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize("moment", ["training", "saving", "swapping"])
+def test_an_interrupted_training_leaves_the_old_checkpoint_whole(retrain, monkeypatch, moment):
+    output, again = retrain
+    before = content(output)
+    replace = os.replace
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    def interrupted_swap(source, target):
+        # the new folder's way into its place, and only the first try of it
+        if Path(target) == output and (Path(source) / "training.json").is_file() and not tried:
+            tried.append(source)
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    tried = []
+    if moment == "training":
+        monkeypatch.setattr("tasks.training.measure_accuracy", interrupted)
+    elif moment == "saving":
+        monkeypatch.setattr("tasks.training.weights_sha256", interrupted)
+    else:
+        monkeypatch.setattr("os.replace", interrupted_swap)
+    with pytest.raises(KeyboardInterrupt):
+        again(1)
+    monkeypatch.undo()
+    assert content(output) == before
+    assert [p.name for p in output.parent.iterdir()] == ["checkpoint"]

@@ -6,15 +6,19 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from core.files import ROOT, read_json, replace_when_done, sha256, write_json
+from core.record import results_folder
+from core.repository import check_name, graph_path
 from core.tables import EMBEDDERS
-from serving.classifier_repository import check_classifier_repository, check_name, extract, read_card
+from serving.repository import extract
 
-FROM_STUDY = ("data", "positive", "precision", "threshold", "conclusion")
+FROM_STUDY = (
+    "data", "calibration", "positive", "precision", "threshold", "served_verdict", "conclusion",
+)  # fmt: skip
 
 
 def read_winner(args, card):
-    """(suffix, study) of results/<model>/verdicts.json, which has to be of the present graphs."""
-    path = args.results / card["slug"] / "verdicts.json"
+    """(key, study) of the model's verdicts.json, which has to be of the present graphs."""
+    path = results_folder(args.results, card) / "verdicts.json"
     remedy = "run verdicts.py"
     study = read_json(path, remedy)
     winner = study["conclusion"]["winner"]
@@ -22,34 +26,38 @@ def read_winner(args, card):
         raise SystemExit(
             f"{path}: expected a model that may be deployed, found {study['conclusion']['text']}; {remedy} on more texts"
         )
-    graph = args.repository / EMBEDDERS[winner] / "1" / "model.onnx"
-    if not graph.is_file() or sha256(graph) != study["graph_sha256"][winner]:
-        raise SystemExit(f"{path}: expected a study of {graph}, found one of another graph; {remedy} again")
-    plan, studied = graph.with_name("model.plan"), study.get("plan_sha256", {}).get(winner)
-    if studied and (not plan.is_file() or sha256(plan) != studied):
-        raise SystemExit(f"{path}: expected a study of {plan}, found one of another plan; {remedy} again")
+    graph = graph_path(args.repository, winner)
+    plan = graph.with_name("model.plan")
+    for file, key in ((graph, "graph"), (plan, "plan")):
+        studied = study[f"{key}_sha256"].get(winner)
+        if studied and not (file.is_file() and sha256(file) == studied):
+            raise SystemExit(f"{path}: expected a study of {file}, found one of another {key}; {remedy} again")
     return winner, study
+
+
+def threshold_of(study):
+    """{"label", "value"} that the service's LABEL is to follow; None where it is the largest logit."""
+    if study["served_verdict"] != "threshold":
+        return None
+    return {"label": study["positive"], "value": study["threshold"]}
 
 
 def write_manifest(folder, name, winner, study):
     """manifest.json: what is in the package, why this one, how it is served."""
     repository = folder / "model_repository"
     files = sorted(p for p in repository.rglob("*") if p.is_file())
+    # the flipped texts belong to the study
+    verdicts = {key: value for key, value in study["models"][winner].items() if key != "flipped"}
     manifest = {
         "name": name,
         "model": winner,
         "utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "serve": "./serve.sh start --model-repository model_repository, or make_image.sh",
+        "serve": "./serve.sh start --model-repository model_repository, or deploy/make_image.sh",
         "card": {k: v for k, v in study["model"].items() if k not in ("environment", "service")},
-        "study": {key: study[key] for key in FROM_STUDY} | {"verdicts": strip(study["models"][winner])},
+        "study": {key: study[key] for key in FROM_STUDY} | {"verdicts": verdicts},
         "files": {str(p.relative_to(folder)): sha256(p) for p in files},
     }
     write_json(folder / "manifest.json", manifest)
-
-
-def strip(row):
-    """A model's row without the flipped texts: they belong to the study."""
-    return {key: value for key, value in row.items() if key != "flipped"}
 
 
 def write_archive(folder, root, path):
@@ -65,23 +73,24 @@ def write_archive(folder, root, path):
         archive.add(folder, arcname=root, filter=neutral)
 
 
-def package(args):
+def package(args, card):
     """verdicts.py package: the conclusion's model, ready to be served elsewhere."""
-    check_classifier_repository(args.repository)
-    card = read_card(args.repository)
     winner, study = read_winner(args, card)
     service = card["service"]
-    name = check_name(args.name or service["name"])
+    name = check_name(args.name or service["name"], "--name")
     precision = winner.removeprefix("TRT_")
     root = f"{name}-{precision}"
     output = args.output or ROOT / "build" / f"{root}.tar.gz"
+    threshold = threshold_of(study)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / root
         folder.mkdir()
         # what was measured is what is packed
-        engine = "plan" if study["models"][winner]["engine"].startswith("TensorRT") else "onnx"
-        batch = args.max_batch_size or service["max_batch_size"]
-        extract(args.repository, folder / "model_repository", name, precision, batch, engine)
+        engine = "tensorrt" if study["models"][winner]["engine"].startswith("TensorRT") else "onnxruntime"
+        settings = {"name": name, "max_batch_size": args.max_batch_size or service["max_batch_size"]}
+        extract(args.repository, folder / "model_repository", precision, engine, threshold=threshold, **settings)
         write_manifest(folder, name, winner, study)
         write_archive(folder, root, output)
-    print(f"{output}: {name} with {EMBEDDERS[winner]}, {output.stat().st_size / 1e6:.1f} MB, sha256 {sha256(output)}")
+    rule = f"{threshold['label']} from {threshold['value']:.4f}" if threshold else "the largest logit"
+    size = output.stat().st_size / 1e6
+    print(f"{output}: {name} with {EMBEDDERS[winner]}, LABEL is {rule}, {size:.1f} MB, sha256 {sha256(output)}")

@@ -3,16 +3,20 @@
 Serves `platform: "onnxruntime_onnx"` where Triton has no compiled ONNX Runtime backend.
 Reads <model>/<version>/model.onnx; names, types and shapes come from the model's config.
 Understands the compiled backend's parameter intra_op_thread_count, and spinning (see
-onnx_runtime.open_session).
+core/onnx_runtime.py).
 """
 
+import importlib.util
 import json
 from pathlib import Path
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from core.onnx_runtime import open_session
+# serve.sh puts core/onnx_runtime.py beside this file: the server may have been started anywhere
+_spec = importlib.util.spec_from_file_location("onnx_runtime", Path(__file__).with_name("onnx_runtime.py"))
+_onnx_runtime = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_onnx_runtime)
 
 
 class TritonPythonModel:
@@ -33,7 +37,7 @@ class TritonPythonModel:
         threads = int(settings.get("intra_op_thread_count", 0))
         options = {"spinning": settings["spinning"]} if "spinning" in settings else {}
         try:
-            self.session = open_session(path, threads, **options)
+            self.session = _onnx_runtime.open_session(path, threads, **options)
         except Exception as error:  # ONNX Runtime's exceptions share no other base
             raise pb_utils.TritonModelException(
                 f"{path}: expected a graph that ONNX Runtime loads, found: {error}"

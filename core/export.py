@@ -1,0 +1,92 @@
+"""The export of a torch module to ONNX, and its check with ONNX Runtime: the same for every task."""
+
+import ast
+import contextlib
+import io
+import logging
+import warnings
+
+import numpy as np
+import onnx
+import torch
+
+from core.checkpoint import sample_input
+from core.onnx_runtime import open_session
+from core.tokens import encode
+
+OPSET = 19
+CHECK_BATCHES = (1, 3, 8)
+TRACED_LENGTH = 16  # of a dynamic length, for the run that the exporter records
+
+
+def export_onnx(module, card, path):
+    """Module -> ONNX; batch dynamic, length fixed or dynamic. The file's content depends on the input alone."""
+    length = card["max_length"] if card["fixed_length"] else min(TRACED_LENGTH, card["max_length"])
+    axes = {0: "batch"} | ({} if card["fixed_length"] else {1: "length"})
+    # the exporter warns about its own use of torch; its optimizer logs a reshape that it gives up to fold
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            module,
+            sample_input(card["inputs"], 2, length),
+            str(path),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=card["inputs"],
+            output_names=list(card["outputs"]),
+            dynamic_shapes={"tensors": tuple(axes for _ in card["inputs"])},
+            external_data=False,
+            verbose=False,
+        )
+    graph = onnx.load(path)
+    name_nodes(graph)
+    onnx.checker.check_model(graph, full_check=True)
+    onnx.save(graph, path)
+
+
+def name_nodes(model):
+    """Name nodes by the module they come from, and drop the exporter's notes.
+
+    transformer.encoder.layer.0.attention.self.query/MatMul says more in a profile than
+    node_MatMul_69; the notes hold this machine's paths.
+    """
+    used = {}
+    for node in model.graph.node:
+        scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]")
+        modules = [scope for scope in ast.literal_eval(scopes)[:-1] if scope and not scope.startswith("_")]
+        name = f"{modules[-1] if modules else 'graph'}/{node.op_type}"
+        used[name] = used.get(name, 0) + 1
+        node.name = name if used[name] == 1 else f"{name}_{used[name]}"
+        del node.metadata_props[:]
+        node.doc_string = ""
+    for value in (*model.graph.value_info, *model.graph.initializer, *model.graph.input, *model.graph.output):
+        del value.metadata_props[:]
+        value.doc_string = ""
+    del model.metadata_props[:]
+    del model.graph.metadata_props[:]
+
+
+def check_onnx(module, tokenizer, card, texts, path, max_error):
+    """ONNX Runtime against torch on short, long and padded texts. Returns the worst error; exits above max_error."""
+    session = open_session(path)
+    # next to nothing but padding, and none at all
+    by_length = ["", *sorted(texts, key=len, reverse=True), "word " * card["max_length"]]
+    worst = 0.0
+    for batch in CHECK_BATCHES:
+        step = max(1, len(by_length) // batch)
+        feeds = encode(tokenizer, by_length[-1:] if batch == 1 else by_length[::step][:batch], card["inputs"])
+        with torch.inference_mode():
+            expected = module(*(torch.from_numpy(values) for values in feeds.values()))
+        expected = [expected] if isinstance(expected, torch.Tensor) else expected
+        for output, found in zip(expected, session.run(list(card["outputs"]), feeds), strict=True):
+            error = float(np.abs(found - output.numpy()).max()) if found.shape == output.shape else float("inf")
+            if not error <= max_error:  # NaN must not pass
+                raise SystemExit(
+                    f"{path}: expected at most {max_error:g} max abs error to torch at batch {batch}, found {error:g}; "
+                    "no model was left in the repository; try another torch or onnxruntime version"
+                )
+            worst = max(worst, error)
+    return worst

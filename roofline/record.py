@@ -1,0 +1,186 @@
+"""The record of a model's complexity: its layers, three counts, and what bounds each kind of layer on a GPU."""
+
+import csv
+
+import torch
+
+from core.files import read_json, replace_when_done, write_json
+from core.record import environment_record, results_folder
+from core.tables import PRECISIONS, SERVED
+from roofline.counts import compare_counts, compare_elementwise, count_closed_form, count_fvcore, count_torch
+from roofline.gpus import read_hardware
+from roofline.layers import UnknownLayer, by_kind, list_layers
+from roofline.model import (
+    PRACTICAL_BATCH,
+    bound,
+    bytes_moved,
+    cost,
+    fuse,
+    fused_bytes,
+    fused_intensity,
+    intensity,
+    is_matmul,
+    least_time,
+    least_time_fused,
+    peak_flops,
+    ridge_point,
+    threshold,
+)
+
+BATCHES = (1, 8)
+CONVENTION = "1 multiply-add = 2 FLOPs"
+
+
+def count_flops(embedder, length):
+    """(layers, counts): every layer in closed form, and the three counts of matmul FLOPs at batch 1, which agree."""
+    try:
+        layers = list_layers(embedder, length)
+        closed = count_closed_form(layers, length)
+        fvcore, torch_flops = count_fvcore(embedder, length), count_torch(embedder, length)
+        compare_elementwise(layers, fvcore["unsupported_ops"])
+        compare_counts(closed, fvcore, torch_flops)
+    except UnknownLayer as error:
+        raise SystemExit(
+            f"complexity: expected layers that the closed form knows, found {error}; "
+            "no total was written, it would be too small; add the layer to roofline/layers.py"
+        ) from None
+    counts = {
+        "closed_form_flops": sum(closed.values()),
+        "torch_flops": torch_flops["flops"],
+        "fvcore_raw": fvcore["raw"],
+        "fvcore_layer_norm": fvcore["layer_norm"],
+        "fvcore_macs": fvcore["macs"],
+        "fvcore_unsupported_ops": fvcore["unsupported_ops"],
+    }
+    return layers, counts
+
+
+def describe_kind(layer, length, gpu, total_flops):
+    """One kind of layer: FLOPs, bytes, intensity, bound and threshold in every precision."""
+    flops = layer["calls"] * cost(layer, 1, length).flops
+    row = layer | {"matmul": is_matmul(layer), "flops": flops, "share": flops / total_flops, "precisions": {}}
+    for precision in PRECISIONS:
+        peak = peak_flops(gpu, layer, precision)
+        row["precisions"][precision] = {
+            "bytes": {b: layer["calls"] * bytes_moved(layer, b, length, precision) for b in BATCHES},
+            "intensity": {b: intensity(layer, b, length, precision) for b in BATCHES},
+            "bound": {b: bound(layer, b, length, precision, gpu) for b in BATCHES},
+            "threshold": threshold(layer, length, precision, peak, gpu["bandwidth"]) if peak else None,
+        }
+    return row
+
+
+def describe_fusion(kinds, length):
+    """Intensity of the chains that TensorRT fuses, beside that of their members one by one."""
+    rows = []
+    for group in (g for g in fuse(kinds, 1, length) if len(g) > 1):
+        # the attention block's matmuls alone: its softmax runs on other units
+        members = [layer for layer in group if is_matmul(layer)] or group
+        row = {"chain": [layer["kind"] for layer in group], "calls": group[0]["calls"], "precisions": {}}
+        for precision in PRECISIONS:
+            row["precisions"][precision] = {
+                "apart": {
+                    b: sum(cost(m, b, length).flops for m in members)
+                    / sum(bytes_moved(m, b, length, precision) for m in group)
+                    for b in BATCHES
+                },
+                "fused": {b: fused_intensity(group, b, length, precision) for b in BATCHES},
+                "bytes": {b: group[0]["calls"] * fused_bytes(group, b, length, precision) for b in BATCHES},
+            }
+        rows.append(row)
+    return rows
+
+
+def thresholds_by_gpu(kinds, length, gpus):
+    """{GPU: {precision: {kind of Linear: threshold}}}: the batch depends on the GPU more than on the layer."""
+    linears = [layer for layer in kinds if layer["op"] == "linear"]
+    found = {}
+    for name, gpu in gpus.items():
+        found[name] = {}
+        for precision, row in PRECISIONS.items():
+            peak = gpu["peak_flops"].get(row.peak)
+            solved = {
+                k["kind"]: threshold(k, length, precision, peak, gpu["bandwidth"])["batch"] for k in linears if peak
+            }
+            found[name][precision] = solved or None
+    return found
+
+
+def count_complexity(embedder, card, gpu):
+    """The whole record of a model on a GPU, but for what is measured. Exits for an unknown layer."""
+    length = card["max_length"]
+    layers, counts = count_flops(embedder, length)
+    kinds = by_kind(layers)
+    total = sum(layer["calls"] * cost(layer, 1, length).flops for layer in layers)
+    parameters = sum(p.numel() for p in embedder.parameters())
+    linear = sum(m.weight.numel() for m in embedder.modules() if isinstance(m, torch.nn.Linear))
+    ridges = {p: ridge_point(peak, gpu["bandwidth"]) if peak else None for p, peak in gpu["peak_flops"].items()}
+    return {
+        "model": card,
+        "environment": environment_record(),
+        "convention": CONVENTION,
+        "length": length,
+        "counts": counts,
+        "totals": {
+            "flops": total,
+            "matmul_flops": counts["closed_form_flops"],
+            "flops_per_token": total / length,
+            "parameters": parameters,
+            "weight_bytes": {
+                name: linear * row.element.weight + (parameters - linear) * row.element.other
+                for name, row in PRECISIONS.items()
+            },
+        },
+        "gpu": gpu | {"ridge_points": ridges},
+        "practical_batch": PRACTICAL_BATCH,
+        "kinds": [describe_kind(layer, length, gpu, total) for layer in kinds],
+        "fusion": describe_fusion(kinds, length),
+        "least_latency_s": {
+            p: {
+                b: {"apart": least_time(kinds, b, length, p, gpu), "fused": least_time_fused(kinds, b, length, p, gpu)}
+                for b in BATCHES
+            }
+            for p in PRECISIONS
+        },
+        "thresholds_by_gpu": thresholds_by_gpu(kinds, length, read_hardware()),
+        "measured": None,
+        "layers": layers,
+    }
+
+
+def write_complexity(record, results):
+    """complexity.json, and complexity.csv with a row per layer. An earlier measurement of the same layers is kept."""
+    folder = results_folder(results, record["model"])
+    path = folder / "complexity.json"
+    if record["measured"] is None and path.exists():
+        earlier = read_json(path, "remove it")
+        if (earlier.get("layers"), earlier.get("length")) == (record["layers"], record["length"]):
+            record["measured"] = earlier["measured"]
+    write_layers(record, folder / "complexity.csv")
+    write_json(path, record)
+    return path
+
+
+def write_layers(record, path):
+    """A row per layer: FLOPs, bytes and FLOP/byte at batch 1 of all its calls. TF32 is stored as FP32."""
+    with replace_when_done(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(
+            ["layer", "kind", "calls", "flops", *(f"{w}_{p}" for p in SERVED for w in ("bytes", "intensity"))]
+        )
+        for layer in record["layers"]:
+            calls, length = layer["calls"], record["length"]
+            row = [layer["name"], layer["kind"], calls, calls * cost(layer, 1, length).flops]
+            for p in SERVED:
+                row += [calls * bytes_moved(layer, 1, length, p), f"{intensity(layer, 1, length, p):.4g}"]
+            writer.writerow(row)
+
+
+def describe_totals(record):
+    """One line with its convention: the model's FLOPs, parameters, weight bytes."""
+    t, c = record["totals"], record["counts"]
+    return (
+        f"{t['flops'] / 1e9:.3f} GFLOPs per text of {record['length']} tokens ({t['flops_per_token'] / 1e6:.1f} MFLOPs per token), "
+        f"{t['matmul_flops'] / 1e9:.3f} of them in matmuls, as fvcore ({c['fvcore_macs']:,} multiply-adds) and torch count them; "
+        f"{t['parameters']:,} parameters, {t['weight_bytes']['FP32'] / 1e6:.1f} MB in FP32; {record['convention']}"
+    )

@@ -1,0 +1,110 @@
+"""What the shell scripts ask the tables: one line of answer a call.
+
+Run:    python -m serving.ask build --precision FP16 --major 10    (from the project's folder)
+Prints: "flags model_ONNX/1/model.onnx model_TRT_FP16/1 --fp16"
+
+Nothing but `source` reads a file, and nothing is written.
+"""
+
+import argparse
+import json
+import re
+import tarfile
+from pathlib import Path
+
+from core.tables import EMBEDDERS, IMAGE, PINNED_TENSORRT, PRECISIONS, REFERENCE, SERVED, model_key
+
+
+def how_built(precision, major, typed=False, plain=False):
+    """(key of the model whose graph is built, trtexec's flags, "flags" or "typed").
+
+    TensorRT 10 takes flags; from 11 on, and with `typed`, the types in the graph are the precision. plain: the
+    flags of INT8 and BEST on the reference graph.
+    """
+    row = PRECISIONS[precision]
+    if typed or major >= 11:
+        return model_key(precision), ("--stronglyTyped",) if major == 10 else (), "typed"
+    reference = plain or row.trt10_graph == "reference"
+    return REFERENCE if reference else model_key(precision), row.trt10_flags, "flags"
+
+
+def build_line(args):
+    """built_as, the graph and the plan's folder as they lie in a repository, then the flags."""
+    key, flags, built_as = how_built(args.precision, args.major, args.typed, args.plain)
+    folder = f"{EMBEDDERS[model_key(args.precision)]}/1"
+    return " ".join((built_as, f"{EMBEDDERS[key]}/1/model.onnx", folder, *flags))
+
+
+def mount_option(args):
+    """Value of docker's --mount for a folder; -v would take a colon in its path for a separator."""
+    refused = next((c for c in ',"\n' if c in args.source), None)
+    if refused:
+        raise SystemExit(
+            f"{args.source}: expected a path that docker run --mount can name, found {refused!r} in it; move or rename the folder"
+        )
+    return f"type=bind,source={args.source},target={args.target}{'' if args.writable else ',readonly'}"
+
+
+def read_source(args):
+    """What an image is made of: "package", "repository" or "checkpoint", the precision and the name."""
+    path = args.model
+    if path.is_file():
+        return " ".join(("package", *read_package(path)))
+    from core.repository import RECORD, read_card  # it imports onnx
+
+    if not (path / RECORD).is_file() and not (path / EMBEDDERS[REFERENCE]).is_dir():
+        name = re.sub(r"[^A-Za-z0-9.]", "-", re.split("[/:]", str(path))[-1])
+        return f"checkpoint {REFERENCE} {name}"
+    service = read_card(path).get("service") or {}
+    if not service.get("name"):
+        raise SystemExit(f"{path}: expected a record that says what is served, found none; run torch2onnx.py")
+    return f"repository {service['precision']} {service['name']}"
+
+
+def read_package(path):
+    """(precision, name) of a package of verdicts.py, from the manifest.json in its only folder."""
+    try:
+        with tarfile.open(path) as archive:  # a plan in the package has a manifest.json too, further down
+            member = next(m for m in archive if m.name.count("/") == 1 and m.name.endswith("/manifest.json"))
+            manifest = json.load(archive.extractfile(member))
+        return manifest["model"].removeprefix("TRT_"), manifest["name"]
+    except (OSError, tarfile.TarError, StopIteration, ValueError, KeyError, TypeError, AttributeError):
+        raise SystemExit(
+            f"{path}: expected a package of verdicts.py, found another file; name a checkpoint, a repository or a package"
+        ) from None
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="image | tensorrt | precisions | build | mount | source")
+    for name, answer in (
+        ("image", IMAGE),
+        ("tensorrt", PINNED_TENSORRT),
+        ("precisions", " ".join(SERVED)),
+        ("models", " ".join((REFERENCE, *SERVED))),
+    ):
+        commands.add_parser(name).set_defaults(run=lambda _, answer=answer: answer)
+    build = commands.add_parser("build", help="how trtexec makes a plan: built_as, graph, folder, flags")
+    build.add_argument("--precision", choices=SERVED, required=True)
+    build.add_argument("--major", type=int, required=True, help="TensorRT's major version")
+    build.add_argument("--typed", action="store_true")
+    build.add_argument("--plain", action="store_true")
+    build.set_defaults(run=build_line)
+    mount = commands.add_parser("mount", help="the value of docker's --mount")
+    mount.add_argument("source")
+    mount.add_argument("target")
+    mount.add_argument("--writable", action="store_true")
+    mount.set_defaults(run=mount_option)
+    source = commands.add_parser("source", help="what an image is made of: kind, precision, name")
+    source.add_argument("model", type=Path)
+    source.set_defaults(run=read_source)
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    print(args.run(args))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+#!/usr/bin/env python3
+"""Check that record, graphs, configs, tokenizer and plans of a model repository belong together.
+
+Reads:  --repository; the record and tokenizer of the task's own lie in assets/ beside it.
+Writes: nothing.
+Run:    python -m serving.check --repository model_repository
+Prints: "model_repository: ensemble answers through 5 models, length 128; graphs and configs agree"
+
+serve.sh runs it before each start, with --plans where a GPU serves.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from core.arguments import make_parser
+from core.metrics import deviations
+from core.onnx_runtime import open_session
+from core.record import gpu_record
+from core.repository import (
+    EXPORT,
+    check_made_from,
+    engine_of,
+    graph_path,
+    graph_properties,
+    graph_tensors,
+    is_own,
+    present,
+    read_card,
+    read_graph,
+    site_packages,
+    tokenizer_path,
+)
+from core.tables import (
+    ATTENTION_MASK,
+    EMBEDDERS,
+    MAX_BATCH_SIZE,
+    MODELS,
+    PINNED_TENSORRT,
+    REFERENCE,
+    model_key,
+)
+from core.tokens import encode, load_tokenizer
+from serving.configs import (
+    config_tensors,
+    data_type,
+    describe,
+    ensemble_config,
+    model_config,
+    postprocess_config,
+    read_config,
+    tokenizer_config,
+)
+from serving.plans import check_plan, check_served_plans
+from serving.server import SERVER_ERRORS, infer, text_tensor
+from tasks.table import TASKS
+
+ONNX_TYPES = {onnx.TensorProto.INT64: "INT64", onnx.TensorProto.FLOAT: "FP32"}
+SAME_MODEL_L2 = 0.05  # TF32 on a GPU stays far below, another model far above
+QUESTION = "Is the model behind the server the one in the repository?"
+
+
+def served_keys(repository):
+    """Keys of the models that a repository has configs of: the task's own has all, also before there are graphs."""
+    return list(MODELS) if is_own(repository) else present(repository)
+
+
+def expected_configs(repository, card, warmup_length):
+    """The configs that a repository with this record has to have."""
+    task, service = TASKS[card["task"]], card["service"]
+    batch, keys = service.get("max_batch_size", MAX_BATCH_SIZE), served_keys(repository)
+    answering = keys if task.every_model else [model_key(service["precision"])]
+    configs = [tokenizer_config(card, batch), ensemble_config(service["name"], answering, card, batch)]
+    configs += [postprocess_config(card, batch)] if task.answers else []
+    return configs + [model_config(key, card, batch, engine_of(repository, key), warmup_length) for key in keys]
+
+
+# --- the parts -----------------------------------------------------------------------
+
+
+def check_configs(repository, card):
+    """Exit unless every config there is has the tensors and the platform that the record asks for."""
+    remedy = f"run python -m serving.repository --repository {repository}, or torch2onnx.py"
+    expected = {config.name: config for config in expected_configs(repository, card, 1)}
+    folders = {path.name for path in repository.iterdir() if path.is_dir()}
+    for name in sorted(folders | expected.keys()):
+        path = repository / name / "config.pbtxt"
+        found = read_config(path)
+        if name not in expected:
+            raise SystemExit(f"{path}: expected no such model by the record, found one; {remedy}, or remove it")
+        if config_tensors(found) != config_tensors(expected[name]):
+            raise SystemExit(
+                f"{path}: expected what the record and {graph_path(repository, REFERENCE)} need, "
+                f"{describe(config_tensors(expected[name]))}; found {describe(config_tensors(found))}; {remedy}"
+            )
+        if found.platform != expected[name].platform:
+            raise SystemExit(f"{path}: expected platform {expected[name].platform}, found {found.platform}; {remedy}")
+
+
+def check_graph(repository, key, card):
+    """One graph: whole, with the config's tensors, of this precision and of the present export. Returns its notes."""
+    path = graph_path(repository, key)
+    config = path.parents[1] / "config.pbtxt"
+    graph = read_graph(path)
+    found = {
+        name: (data_type(ONNX_TYPES.get(kind, "INVALID")), dims) for name, (kind, dims) in graph_tensors(graph).items()
+    }
+    if found != config_tensors(read_config(config)):
+        raise SystemExit(
+            f"{config}: expected the tensors of {path}, {describe(found)}; "
+            f"found {describe(config_tensors(read_config(config)))}; run torch2onnx.py, then quantize.py"
+        )
+    for name in card["inputs"]:
+        if not (config.parent / "warmup" / name).is_file():
+            raise SystemExit(f"{config.parent / 'warmup' / name}: expected the warm-up input, found none; {EXPORT}")
+    properties, precision = graph_properties(graph), MODELS[key].precision
+    if (found := properties.get("precision", "FP32")) != precision:
+        raise SystemExit(f"{path}: expected a graph in {precision}, found one in {found}; run quantize.py")
+    check_made_from(graph, path, card["reference_sha256"])
+    return properties
+
+
+def check_one_search(repository, properties):
+    """Exit if INT8 and BEST say that they come from different searches; properties: {key: notes of the graph}."""
+    found = {key: notes["recipe_sha256"] for key, notes in properties.items() if "recipe_sha256" in notes}
+    if len(set(found.values())) > 1:
+        said = " and ".join(f"{key} {digest[:12]}" for key, digest in found.items())
+        raise SystemExit(f"{repository}: expected INT8 and BEST of one search, found {said}; run quantize.py")
+
+
+def check_tokenizer(repository, card):
+    """The tokenizer is there, pads and truncates as the record says, and has its package."""
+    path = tokenizer_path(repository)
+    tokenizer = load_tokenizer(path)
+    found = ((tokenizer.truncation or {}).get("max_length"), (tokenizer.padding or {}).get("length"))
+    expected = (card["max_length"], card["max_length"] if card["fixed_length"] else None)
+    if found != expected:
+        raise SystemExit(f"{path}: expected truncation and padding to {expected}, found {found}; {EXPORT}")
+    if not (site_packages(repository) / "tokenizers").is_dir():
+        raise SystemExit(f"{site_packages(repository) / 'tokenizers'}: expected a folder, found none; {EXPORT}")
+
+
+# --- the whole -----------------------------------------------------------------------
+
+
+def check_repository(repository, plans=False):
+    """Exit with the first disagreement in a repository; else a summary. plans: hold the plans against this GPU too."""
+    card = read_card(repository)
+    service = card.get("service") or {}
+    if not service.get("name"):
+        raise SystemExit(
+            f"{repository}: expected a record that says what is served, found none; "
+            f"run python -m serving.repository --repository {repository}"
+        )
+    keys = served_keys(repository)
+    if REFERENCE in keys:
+        read_graph(graph_path(repository, REFERENCE))
+    properties = {key: check_graph(repository, key, card) for key in keys}
+    check_configs(repository, card)
+    check_one_search(repository, properties)
+    check_tokenizer(repository, card)
+    for key in keys if plans else ():
+        if engine_of(repository, key) == "tensorrt":
+            check_plan(repository, key, card["reference_sha256"], gpu_record(), PINNED_TENSORRT)
+    answering = f"{len(keys)} models" if TASKS[card["task"]].every_model else EMBEDDERS[model_key(service["precision"])]
+    length = f"length {card['max_length']}" if card["fixed_length"] else f"length up to {card['max_length']}"
+    return f"{service['name']} answers through {answering}, {length}, up to {service['max_batch_size']} texts a request"
+
+
+def check_served(repository, card, server, url, protocol="http"):
+    """Exit if the server answers otherwise than the repository: by its reference, and by its plans where it has some.
+
+    A server that was started before another export would be measured under its name. server: what
+    serving.server.read_server returned.
+    """
+    check_served_plans(repository, card["reference_sha256"], server)
+    path, output = graph_path(repository, REFERENCE), TASKS[card["task"]].output
+    if not path.is_file():
+        raise SystemExit(f"{path}: expected the graph that is served, found none; {EXPORT}")
+    try:
+        feeds = infer("tokenizer", text_tensor([QUESTION]), card["inputs"], url, protocol)
+        served = infer(EMBEDDERS[REFERENCE], feeds, [output], url, protocol)[output]
+        own = open_session(path).run([output], encode(load_tokenizer(tokenizer_path(repository)), [QUESTION], feeds))[0]
+        rows = feeds[ATTENTION_MASK] if TASKS[card["task"]].per_token else np.ones((1, 1))
+        error = deviations(own.reshape(1, -1, own.shape[-1]), served.reshape(1, -1, own.shape[-1]), rows)
+        error = error["relative_l2_error"]
+    except SERVER_ERRORS as found:
+        raise SystemExit(f"{url}: expected an answer, found: {found}; ./serve.sh status, then its log") from None
+    except Exception as found:  # ONNX Runtime on ids that the other model's tokenizer made; ValueError on shapes
+        error = str(found)
+    if isinstance(error, str) or error > SAME_MODEL_L2:
+        raise SystemExit(
+            f"{url}: expected the model in {path}, found another (relative L2 error {error}); ./serve.sh stop, then start"
+        )
+
+
+def parse_args():
+    parser = make_parser(__doc__)
+    parser.add_argument("--repository", type=Path, required=True)
+    parser.add_argument("--plans", action="store_true", help="hold the TensorRT plans against this GPU and the image")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    print(f"{args.repository.name}: {check_repository(args.repository, args.plans)}; graphs and configs agree")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""config.pbtxt of every model of a repository, through Triton's own protobuf: pure functions of the record."""
+
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2 as pb
+
+from core.repository import EXPORT
+from core.tables import EMBEDDERS, ENGINES, MODELS, TEXT
+from tasks.table import TASKS
+
+FIELD_ORDER = (
+    "name",
+    "platform",
+    "backend",
+    "max_batch_size",
+    "input",
+    "output",
+    "dynamic_batching",
+    "instance_group",
+    "optimization",
+    "ensemble_scheduling",
+    "model_warmup",
+)
+COMMENTS = {
+    "max_batch_size": "texts in one request; the largest batch of the plans: --maxShapes of build_trt.sh",
+    "input": "the dims below are those of the export; -1: as long as the longest text of a batch",
+    "dynamic_batching": "defaults, as Triton's user guide (Batchers) advises for one optimization profile: no preferred\n"
+    "# size; no delay, which costs a lone request more than it brings under load",
+    "instance_group": "one per device: a second one halves a lone request's cores or doubles GPU memory; pinned memory\n"
+    "# for its copies is on by default (ModelOptimizationPolicy)",
+    "optimization": "on a GPU the CUDA provider multiplies in TF32 by default, and the reference would be as coarse as\n"
+    "# the FP32 plan",
+    "model_warmup": "a real text at the smallest and the largest batch, so that no request pays for the first run",
+}
+HANDED_ON = "MODEL_"  # before an intermediate tensor of an ensemble whose name is that of an output
+
+
+def data_type(name):
+    """Triton's number of a type: STRING, FP32, INT64."""
+    return pb.DataType.Value(f"TYPE_{name}")
+
+
+def length_of(card):
+    """The sequence dimension: a number where it was fixed, else -1."""
+    return card["max_length"] if card["fixed_length"] else -1
+
+
+def tokenizer_config(card, max_batch_size):
+    """TEXT -> INPUT_IDS, ATTENTION_MASK and, where the model wants them, TOKEN_TYPE_IDS."""
+    config = pb.ModelConfig(name="tokenizer", backend="python", max_batch_size=max_batch_size)
+    config.input.add(name=TEXT, data_type=pb.TYPE_STRING, dims=[1])
+    for name in card["inputs"]:
+        config.output.add(name=name, data_type=pb.TYPE_INT64, dims=[length_of(card)])
+    config.dynamic_batching.SetInParent()
+    config.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_CPU)
+    return config
+
+
+def model_config(key, card, max_batch_size, engine, warmup_length):
+    """Token tensors -> the graph's outputs; engine is a key of ENGINES."""
+    config = pb.ModelConfig(name=EMBEDDERS[key], platform=ENGINES[engine].platform, max_batch_size=max_batch_size)
+    for name in card["inputs"]:
+        config.input.add(name=name, data_type=pb.TYPE_INT64, dims=[length_of(card)])
+    for name, dims in card["outputs"].items():
+        config.output.add(name=name, data_type=pb.TYPE_FP32, dims=dims)
+    config.dynamic_batching.SetInParent()
+    config.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_AUTO)
+    if engine == "onnxruntime" and MODELS[key].precision == "FP32":
+        cuda = config.optimization.execution_accelerators.gpu_execution_accelerator.add(name="cuda")
+        cuda.parameters["use_tf32"] = "0"
+    for batch in sorted({1, max_batch_size}):
+        warmup = config.model_warmup.add(name=f"batch {batch}", batch_size=batch)
+        for name in card["inputs"]:
+            tensor = warmup.inputs[name]
+            tensor.data_type, tensor.input_data_file = pb.TYPE_INT64, name
+            tensor.dims.append(warmup_length)
+    return config
+
+
+def postprocess_config(card, max_batch_size):
+    """The graph's outputs -> the task's results, and the outputs again, handed on."""
+    config = pb.ModelConfig(name="postprocess", backend="python", max_batch_size=max_batch_size)
+    for name, dims in card["outputs"].items():
+        config.input.add(name=name, data_type=pb.TYPE_FP32, dims=dims)
+    add_results(config, card)
+    config.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_CPU)
+    return config
+
+
+def add_results(config, card):
+    """What a service with answers returns."""
+    for name, (kind, dims) in TASKS[card["task"]].results.items():
+        config.output.add(name=name, data_type=data_type(kind), dims=dims)
+    for name, dims in card["outputs"].items():
+        config.output.add(name=name, data_type=pb.TYPE_FP32, dims=dims)
+
+
+def ensemble_config(name, keys, card, max_batch_size):
+    """TEXT -> the answers of one model, or of every model in `keys` where the task wants all of them."""
+    task = TASKS[card["task"]]
+    config = pb.ModelConfig(name=name, platform="ensemble", max_batch_size=max_batch_size)
+    config.input.add(name=TEXT, data_type=pb.TYPE_STRING, dims=[1])
+    steps, tokens = config.ensemble_scheduling.step, {name: name for name in card["inputs"]}
+    steps.add(model_name="tokenizer", model_version=-1, input_map={TEXT: TEXT}, output_map=tokens)
+    if task.every_model:
+        for key in keys:
+            outputs = {output: f"{output}_{key}" for output in card["outputs"]}
+            steps.add(model_name=EMBEDDERS[key], model_version=-1, input_map=tokens, output_map=outputs)
+            for output, dims in card["outputs"].items():
+                config.output.add(name=outputs[output], data_type=pb.TYPE_FP32, dims=dims)
+        return config
+    (key,) = keys
+    inner = {output: f"{HANDED_ON}{output}" if task.answers else output for output in card["outputs"]}
+    steps.add(model_name=EMBEDDERS[key], model_version=-1, input_map=tokens, output_map=inner)
+    add_results(config, card)
+    if task.answers:
+        outputs = {output.name: output.name for output in config.output}
+        steps.add(model_name="postprocess", model_version=-1, input_map=inner, output_map=outputs)
+    return config
+
+
+def config_text(config):
+    """The config as text protobuf: decided fields only, in one order, comments above them."""
+    unknown = [field.name for field, _ in config.ListFields() if field.name not in FIELD_ORDER]
+    if unknown:
+        raise ValueError(f"{config.name}: expected fields of FIELD_ORDER, found {unknown}")
+    lines = []
+    for field in FIELD_ORDER:
+        part = pb.ModelConfig()
+        part.MergeFrom(config)
+        for descriptor, _ in config.ListFields():
+            if descriptor.name != field:
+                part.ClearField(descriptor.name)
+        if part.ListFields():
+            lines += [f"# {COMMENTS[field]}"] if field in COMMENTS else []
+            lines.append(text_format.MessageToString(part).rstrip("\n"))
+    return "\n".join(lines) + "\n"
+
+
+def read_config(path):
+    """Parse a config.pbtxt; exits where it cannot."""
+    try:
+        return text_format.Parse(path.read_text(), pb.ModelConfig())
+    except OSError as error:
+        raise SystemExit(f"{path}: expected a config, found {error.strerror}; {EXPORT}") from None
+    except text_format.ParseError as error:
+        raise SystemExit(f"{path}: expected a Triton config, found {error}; {EXPORT}") from None
+
+
+def config_tensors(config):
+    """{name: (Triton's data type, dims)} of a config's inputs and outputs."""
+    return {t.name: (t.data_type, tuple(t.dims)) for t in (*config.input, *config.output)}
+
+
+def describe(tensors):
+    """INPUT_IDS INT64 [128], … in a stable order."""
+    return ", ".join(
+        f"{name} {pb.DataType.Name(kind).removeprefix('TYPE_')} {list(dims)}"
+        for name, (kind, dims) in sorted(tensors.items())
+    )

@@ -1,0 +1,1 @@
+"""One file a task: tensors -> answers, pure functions on arrays."""
