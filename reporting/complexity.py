@@ -23,14 +23,8 @@ def summary(model):
     if not record:
         return [f"Complexity: {NOT_MEASURED}."]
     measured = [agreement_line(record["measured"])] if record["measured"] else [f"Times of the layers: {NOT_MEASURED}."]
-    return [
-        totals_line(record),
-        gpu_line(record),
-        bound_lists(record),
-        threshold_table(record),
-        latency_table(model),
-        *measured,
-    ]
+    sections = (totals_line, gpu_line, bound_lists, threshold_table)
+    return [*(section(record) for section in sections), latency_table(model), *measured]
 
 
 def details(model):

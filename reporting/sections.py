@@ -45,7 +45,9 @@ def details(model):
         else []
     )
     sections = {
-        "Deviations": [*quality.deviations(model), quality.similarity([model])],
+        "Deviations": [*quality.deviations(model), quality.similarity([model])]
+        if model["quality"] or model["sts"]
+        else [],
         "Every level": levels,
         "Complexity": [*complexity.summary(model), *complexity.details(model)] if model["complexity"] else [],
         "Search for INT8": quality.search(model) if model["sensitivity"] else [],
