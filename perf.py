@@ -106,7 +106,8 @@ def merge(old, new):
     planned = list(dict.fromkeys(planned))
     merged = new | {"planned": list(map(list, planned)), "rows": [rows[level] for level in planned if level in rows]}
     if kept:
-        merged["earlier_environments"] = [*old.get("earlier_environments", []), old["environment"]]
+        of_both = [record.get("earlier_environments", []) for record in (old, new)]
+        merged["earlier_environments"] = [*of_both[0], old["environment"], *of_both[1]]
     return merged | {"bare_infer_per_s": old["bare_infer_per_s"] | new["bare_infer_per_s"]}
 
 
