@@ -28,7 +28,7 @@ def read_perf(folder):
 def measured(chain, tmp_path_factory):
     folder = tmp_path_factory.mktemp("perf")
     options = ("--quick", "--concurrency", 1, 4, "--window-s", 0.5)
-    done = perf_py(chain.grpc, chain, folder, *options)
+    done = perf_py(chain.grpc, chain, folder, *options, timeout_s=900)
     assert done.returncode in (0, perf.EXIT_UNSTABLE), done.stdout + done.stderr[-2000:]
     record, folder = read_perf(folder)
     return SimpleNamespace(record=record, rows=record["rows"], folder=folder)
