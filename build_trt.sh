@@ -181,6 +181,7 @@ main() {
   parse_args "$@"
   mkdir -p "$LOGS"
   find_trtexec
+  [ -n "$dry_run" ] || mkdir -p "$(dirname "$cache")" # Docker mounts only what is there
   read_version
   local precision failed=() lines
   lines=$(module serving.build shapes --repository "$repository" "${opt_batch[@]}") || exit $?
@@ -196,7 +197,6 @@ main() {
   module serving.check --repository "$repository" >/dev/null || exit 1
   module serving.build graphs --repository "$repository" "${precisions[@]}" || exit 1
   [ -z "$plain" ] || echo "--plain-int8: the ranges are trtexec's placeholders, so these plans show a speed and no quality; the table says what was built" >&2
-  mkdir -p "$(dirname "$cache")" # Docker would make it as root, or refuse
   temporary=()
   trap clean EXIT
   trap 'exit 130' INT

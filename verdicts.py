@@ -15,15 +15,15 @@ service's LABEL follows it. More classes: the largest logit is the verdict, or -
 is held against the rest, which the service's LABEL cannot follow.
 """
 
-import argparse
 from pathlib import Path
 
+from core.arguments import make_parser
 from core.files import RESULTS
 from core.labelled import REVIEWS, add_column_arguments
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--model", help="the original checkpoint, as torch2onnx.py takes it")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument("--tokenizer", help="where the tokenizer is, if not with the model")

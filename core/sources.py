@@ -10,6 +10,7 @@ import importlib
 from pathlib import Path
 
 from core.checkpoint import TOKENIZER_FILES, check_checkpoint, find_checkpoint, weights_sha256
+from core.files import slug
 
 
 def fetch_clearml(clearml, reference):
@@ -92,6 +93,7 @@ def find_folders(args):
         folder = inner_folder(folder, ("config.json",), "a checkpoint")
     if folder is not None:  # None: an architecture without a checkpoint
         check_folders(folder, tokenizer, args.random_weights)
+    card["slug"] = slug(card["name"] + ("-random" if args.random_weights else ""))
     card["weights_sha256"] = None if args.random_weights else weights_sha256(folder)
     return folder, tokenizer, card | ({"tokenizer": origin} if origin else {})
 

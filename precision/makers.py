@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper
 
 from core.tables import PRECISIONS
-from precision.int8_graph import GraphIndex, Surgeon, drop_unused
+from precision.int8_graph import Surgeon, drop_unused
 from precision.int8_graph import insert_int8 as insert_pairs
 
 # calibration: encoded texts; recipes: of int8_recipes.py; chosen: names of the MatMuls in INT8
@@ -26,7 +26,7 @@ RANGE_TEXTS = 8  # of the calibration texts, that show which values leave FP16's
 TF32_SPLIT = np.float32(2**13 + 1)  # FP32 has 23 mantissa bits, TF32 10: 13 are rounded away
 
 
-def make_graph(precision, reference, learnt=Learnt()):
+def make_graph(precision, reference, learnt=None):
     """Reference graph -> ModelProto of a precision, its tensors named and typed as the reference's."""
     return MAKERS[PRECISIONS[precision].maker](reference, learnt)
 
@@ -92,7 +92,7 @@ def round_to_tf32(values):
     return product - (product - values)
 
 
-def emulate_tf32(reference, learnt=Learnt()):
+def emulate_tf32(reference, learnt=None):
     """FP32 as a GPU's tensor cores multiply it: both operands of every MatMul and Gemm are rounded, sums stay FP32.
 
     A constant operand is rounded here, any other by three nodes, which ONNX Runtime executes as they are.
@@ -118,4 +118,6 @@ def emulate_tf32(reference, learnt=Learnt()):
     return surgeon.finish()
 
 
-MAKERS = {maker.__name__: maker for maker in (link_reference, emulate_tf32, convert_fp16, insert_int8, insert_int8_fp16)}
+MAKERS = {
+    maker.__name__: maker for maker in (link_reference, emulate_tf32, convert_fp16, insert_int8, insert_int8_fp16)
+}

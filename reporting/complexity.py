@@ -1,9 +1,10 @@
 """Sections on complexity: FLOPs, bounds, threshold batches, least latencies, and the layers' measured times."""
 
 import re
+from itertools import product
 
 from core.tables import PRECISIONS, model_key
-from reporting.markdown import NOT_MEASURED, caption, fold, listing, number, on_gpu, table
+from reporting.markdown import NOT_MEASURED, caption, columns, fold, listing, number, on_gpu, table
 from reporting.speed import levels
 
 BATCHES = ("1", "8")  # keys of complexity.json
@@ -11,9 +12,9 @@ SHOWN = ("FP32", "FP16")  # precisions of the table of intensities: half the byt
 NO_PRECISION = "no such precision"
 
 
-def has(record, precision):
-    """Whether the GPU has what multiplies in a Linear of this precision."""
-    return bool(record["gpu"]["peak_flops"].get(PRECISIONS[precision].peak))
+def precisions_of(record):
+    """Those that the GPU has what multiplies in a Linear for."""
+    return [p for p in record["least_latency_s"] if record["gpu"]["peak_flops"].get(PRECISIONS[p].peak)]
 
 
 def summary(model):
@@ -22,7 +23,8 @@ def summary(model):
     if not record:
         return [f"Complexity: {NOT_MEASURED}."]
     measured = [agreement_line(record["measured"])] if record["measured"] else [f"Times of the layers: {NOT_MEASURED}."]
-    return [totals_line(record), gpu_line(record), bound_lists(record), threshold_table(record), latency_table(model), *measured]
+    sections = (totals_line, gpu_line, bound_lists, threshold_table)
+    return [*(section(record) for section in sections), latency_table(model), *measured]
 
 
 def details(model):
@@ -70,35 +72,38 @@ def gpu_line(record):
 
 def kinds_table(record):
     """A row per kind of layer, alike ones together."""
-    header = ["layer", "count", "MFLOPs, batch 1", "share"]
-    header += [f"MB {p}, batch {b}" for p in SHOWN for b in BATCHES]
-    header += [f"FLOP/byte {p}, batch {b}" for p in SHOWN for b in BATCHES]
-    rows = []
-    for kind in record["kinds"]:
-        found = kind["precisions"]
-        row = [kind["kind"], kind["calls"], f"{kind['flops'] / 1e6:.2f}", f"{kind['share']:.2%}"]
-        row += [f"{found[p]['bytes'][b] / 1e6:.2f}" for p in SHOWN for b in BATCHES]
-        rows.append(row + [f"{found[p]['intensity'][b]:.4g}" for p in SHOWN for b in BATCHES])
-    return f"Each kind of layer; several names in one row have the same figures each:\n\n{table(header, fold(rows))}"
+    spec = {
+        "layer": lambda k: k["kind"],
+        "count": lambda k: k["calls"],
+        "MFLOPs, batch 1": lambda k: f"{k['flops'] / 1e6:.2f}",
+        "share": lambda k: f"{k['share']:.2%}",
+    }
+    for what, unit, scale, form in (("bytes", "MB", 1e6, ".2f"), ("intensity", "FLOP/byte", 1, ".4g")):
+        for p, b in product(SHOWN, BATCHES):
+            key = f"{unit} {p}, batch {b}"
+            spec[key] = lambda k, p=p, b=b, w=what, s=scale, f=form: format(k["precisions"][p][w][b] / s, f)
+    return (
+        f"Each kind of layer; several names in one row have the same figures each:\n\n{columns(record['kinds'], spec)}"
+    )
 
 
 def bound_lists(record):
     """Which layers arithmetic bounds, and which memory, at each precision and batch."""
     rows = []
-    for precision in record["least_latency_s"]:
+    for precision in precisions_of(record):
         for batch in BATCHES:
-            lists = {"arithmetic": [], "memory": []}
+            lists = {"arithmetic": [], "memory": [], None: []}  # None: no peak for its products
             for kind in record["kinds"]:
-                lists.setdefault(kind["precisions"][precision]["bound"][batch], []).append(kind["kind"])
-            cells = [", ".join(lists[b]) or "none" if has(record, precision) else NO_PRECISION for b in ("arithmetic", "memory")]
-            rows.append([f"{precision}, batch {batch}", *cells])
-    rows = [[first.replace(", batch", " batch"), *rest] for first, *rest in rows]
+                lists[kind["precisions"][precision]["bound"][batch]].append(kind["kind"])
+            rows.append(
+                [f"{precision} batch {batch}", *(", ".join(lists[b]) or "none" for b in ("arithmetic", "memory"))]
+            )
     return table(["precision and batch", "bound by arithmetic", "bound by memory"], fold(rows))
 
 
-def threshold_cell(found, known, practical):
+def threshold_cell(found, practical):
     """Batch rounded up and as solved, or never."""
-    if found is None or not known:
+    if found is None:
         return NO_PRECISION
     if found["verdict"] != "from":
         return found["verdict"]
@@ -107,9 +112,9 @@ def threshold_cell(found, known, practical):
 
 def threshold_table(record):
     """Threshold batch of every kind of layer in every precision."""
-    precisions, practical = list(record["least_latency_s"]), record["practical_batch"]
+    precisions, practical = precisions_of(record), record["practical_batch"]
     rows = [
-        [k["kind"], *(threshold_cell(k["precisions"][p]["threshold"], has(record, p), practical) for p in precisions)]
+        [k["kind"], *(threshold_cell(k["precisions"][p]["threshold"], practical) for p in precisions)]
         for k in record["kinds"]
     ]
     lead = f"The batch from which on arithmetic is the bound on {record['gpu']['name']}, rounded up, and as solved:"
@@ -135,11 +140,10 @@ def fusion_table(record):
     rows = []
     for row in record["fusion"]:
         cells = []
-        for p in SHOWN:
+        for p, b in product(SHOWN, BATCHES):
             found, ridge = row["precisions"][p], record["gpu"]["ridge_points"][p]
-            for b in BATCHES:
-                bound = NO_PRECISION if not ridge else "arithmetic" if found["fused"][b] >= ridge else "memory"
-                cells.append(f"{found['apart'][b]:.3g} → {found['fused'][b]:.3g}: {bound}")
+            bound = NO_PRECISION if not ridge else "arithmetic" if found["fused"][b] >= ridge else "memory"
+            cells.append(f"{found['apart'][b]:.3g} → {found['fused'][b]:.3g}: {bound}")
         rows.append([" + ".join(row["chain"]), *cells])
     return f"What fusion changes, in FLOP/byte, and what then bounds the chain:\n\n{table(header, rows)}"
 
@@ -154,9 +158,8 @@ def latency_table(model):
     """Least latency per precision, fused and not, beside a plan's measured one."""
     record = model["complexity"]
     rows = []
-    for p in record["least_latency_s"]:
-        cells = [least_us(record, p, b, how) for b in BATCHES for how in ("apart", "fused")]
-        cells = [f"{c:.0f}" if c else NO_PRECISION for c in cells]
+    for p in precisions_of(record):
+        cells = [number(least_us(record, p, b, how), ".0f") for b in BATCHES for how in ("apart", "fused")]
         rows.append([p, *cells, *(number(plan_us(model["perf"], record["gpu"], p, b), ".0f") for b in BATCHES)])
     header = ["precision", *(f"batch {b}: {how}" for b in BATCHES for how in ("layer by layer", "chains fused"))]
     header += [f"batch {b}: measured p50 of the plan" for b in BATCHES]
@@ -182,22 +185,22 @@ def measured_parts(record):
         f"{peak / 1e9:.0f} GFLOP/s, a triad {machine['bandwidth'] / 1e9:.1f} GB/s: the ridge point is "
         f"{peak / machine['bandwidth']:.1f} FLOP/byte. The last cache has {m['cache_bytes'] / 2**20:.0f} MiB."
     )
-    times = {
-        "all in cache": "warm_s", "weights from memory": "cold_s", "all from memory": "memory_s",
-        "to move its bytes": "move_s", "a call on nothing": "overhead_s",
-    }  # fmt: skip
-    rows = []
-    for r in m["layers"]:
-        cells = [f"{r[k] * 1e6:.1f}" if r.get(k) else "" for k in times.values()]
-        cells += [f"{r['achieved_flops'] / 1e9:.1f}", f"{r['roofline_share']:.0%}", r["predicted"], r["measured"]]
-        rows.append([r["kind"], r["batch"], *cells])
-    header = ["layer", "batch", *(f"µs, {name}" for name in times)]
-    header += ["GFLOP/s", "share of the roofline", "predicted bound", "measured bound"]
-    whole = [
-        [x["batch"], *(f"{x[k] * 1e3:.2f}" for k in ("seconds", "sum_of_layers_s", "least_s"))] for x in m["models"]
-    ]
-    sums = table(["batch", "whole model ms", "sum of its layers ms", "roofline ms"], whole)
-    return [lead, table(header, rows), sums]
+    spec = {"layer": lambda r: r["kind"], "batch": lambda r: r["batch"]}
+    for heading, key in (
+        ("all in cache", "warm_s"), ("weights from memory", "cold_s"), ("all from memory", "memory_s"),
+        ("to move its bytes", "move_s"), ("a call on nothing", "overhead_s"),
+    ):  # fmt: skip
+        spec[f"µs, {heading}"] = lambda r, key=key: f"{r[key] * 1e6:.1f}" if r.get(key) else ""
+    spec |= {
+        "GFLOP/s": lambda r: f"{r['achieved_flops'] / 1e9:.1f}",
+        "share of the roofline": lambda r: f"{r['roofline_share']:.0%}",
+        "predicted bound": lambda r: r["predicted"],
+        "measured bound": lambda r: r["measured"],
+    }
+    sums = {"batch": lambda r: r["batch"]}
+    for heading, key in (("whole model", "seconds"), ("sum of its layers", "sum_of_layers_s"), ("roofline", "least_s")):
+        sums[f"{heading}, ms"] = lambda r, key=key: f"{r[key] * 1e3:.2f}"
+    return [lead, columns(m["layers"], spec), columns(m["models"], sums)]
 
 
 def agreement_line(measured):
@@ -212,5 +215,6 @@ def agreement_line(measured):
         f"that was measured in {sum(r['agree'] for r in rows)} of {len(rows)} cases."
     )
     return text + "".join(
-        f" It predicts {predicted} but {found} was measured for {listing(names)}." for (predicted, found), names in lost.items()
+        f" It predicts {predicted} but {found} was measured for {listing(names)}."
+        for (predicted, found), names in lost.items()
     )

@@ -1,10 +1,8 @@
 """What a reader should know first: what was executed, five findings, and the table of results."""
 
-from core.tables import EMBEDDERS, PRECISIONS, REFERENCE, TRITON_TENSORRT, model_key
-from reporting.complexity import has, least_us
-from reporting.markdown import (
-    DETAILS, NOT_MEASURED, OF_RECORD, caption, is_encoder, listing, machine_of, number, on_gpu, percent, relative, table,
-)  # fmt: skip
+from core.tables import EMBEDDERS, REFERENCE, TRITON_TENSORRT
+from reporting import markdown as md
+from reporting.complexity import least_us, precisions_of
 from reporting.quality import EMULATED, averages, deviation
 from reporting.speed import levels, noise_factor, noise_line, tail
 from reporting.verdicts import deployable
@@ -20,19 +18,25 @@ def model_of_record(models):
         perf, card = model["perf"], model["card"]
         measured = [bool(model[kind]) for kind in ("perf", "quality", "complexity")]
         date = max((model[kind]["environment"]["utc"] for kind in KINDS if model[kind]), default="")
-        return (card["name"] == OF_RECORD, card["weights"] == "real", bool(perf and on_gpu(perf)), *measured, date)
+        return (
+            card["name"] == md.OF_RECORD,
+            card["weights"] == "real",
+            bool(perf and md.on_gpu(perf)),
+            *measured,
+            date,
+        )
 
-    return max(filter(is_encoder, models), key=rank, default=None)
+    return max(filter(md.is_encoder, models), key=rank, default=None)
 
 
 def record_line(model):
     """Which model stands for the task's, and what its weights are worth."""
     if model is None:
-        return f"No encoder was measured: {OF_RECORD} is the model of record."
+        return f"No encoder was measured: {md.OF_RECORD} is the model of record."
     card = model["card"]
     text = f"The model of record is **{model['title']}**"
-    if card["name"] != OF_RECORD:
-        text += f", in the place of {OF_RECORD}, which was not measured"
+    if card["name"] != md.OF_RECORD:
+        text += f", in the place of {md.OF_RECORD}, which was not measured"
     if card["weights"] != "real":
         text += (
             f". Its weights are {card['weights']}, because those of the checkpoint were not at hand: its speed and its complexity "
@@ -50,17 +54,17 @@ def executed(models):
     records = [model[kind] for model in models for kind in KINDS if model[kind]]
     servers = [r["server"] for r in records if r.get("server")]
     engines = sorted({e for s in servers for e in s.get("engines", {}).values()})
-    machines = sorted({machine_of(r["environment"]) for r in records})
+    machines = sorted({md.machine_of(r["environment"]) for r in records})
     versions = sorted({s["version"] for s in servers})
-    origins = [f"{m['title']} ({m['card']['source']})" for m in models]
-    served = f", by a Triton server ({listing(versions)})" if versions else ""
-    done = [
-        f"Everything was measured on {listing(machines)}.",
-        f"The embedders were executed by {listing(engines)}{served}.",
-        f"The models are {listing(origins)}.",
-    ]
-    never = listing(never_executed(models, records, engines, versions), "or")
-    return f"**Executed by the authors.** {' '.join(done)}\n\n**Never executed by the authors:** {never}."
+    origins = dict.fromkeys(
+        f"{m['card']['name']} (weights: {m['card']['weights']}; source: {m['card']['source']})" for m in models
+    )
+    never = never_executed(models, records, engines, versions)
+    return (
+        f"**What the authors executed.** Everything was measured on this machine: {'; '.join(machines)}. What executed the models "
+        f"was {md.listing(engines)}{f', behind a Triton server of version {md.listing(versions)}' if versions else ''}. The models "
+        f"are {md.listing(origins)}.\n\n**What the authors never executed:** {md.listing(never)}."
+    )
 
 
 def never_executed(models, records, engines, versions):
@@ -68,59 +72,50 @@ def never_executed(models, records, engines, versions):
     sources = [m["card"]["source"] for m in models]
     sources += [m["training"]["encoder"]["source"] for m in models if m["training"]]
     in_docker = set(versions) & TRITON_TENSORRT.keys() or any("--docker" in r["environment"]["argv"] for r in records)
-    own = any(m["card"]["name"] == OF_RECORD and m["card"]["weights"] == "real" for m in models)
+    own = any(m["card"]["name"] == md.OF_RECORD and m["card"]["weights"] == "real" for m in models)
     on_a_gpu = any("GPU" in engine for engine in engines)
     facts = {
-        "any GPU": on_a_gpu or any(r["environment"]["gpu"] for r in records),
+        "anything on a GPU": on_a_gpu or any(r["environment"]["gpu"] for r in records),
         "TensorRT plans": any(m["plans"] for m in models) or any(e.startswith("TensorRT") for e in engines),
         "Docker and the pinned image": in_docker,
-        "downloads from the Hugging Face hub": any(s.startswith("hub:") for s in sources),
-        f"{OF_RECORD}'s own weights": own,
+        "a download from the Hugging Face hub": any(s.startswith("hub:") for s in sources),
+        f"{md.OF_RECORD} with its own weights": own,
     }
-    facts |= {f"the registry {name}": any(s.startswith(f"{p}:") for s in sources) for p, name in REGISTRIES.items()}
+    facts |= {f"a download from {name}": any(s.startswith(f"{p}:") for s in sources) for p, name in REGISTRIES.items()}
     return [what for what, found in facts.items() if not found]
 
 
 # --- findings ------------------------------------------------------------------------
 
 
-def each(models, say):
-    """What `say` says of each model, in one list; "" where it says nothing."""
-    said = [f"{text} for {m['title']}" for m in models if (text := say(m))]
-    return listing(said) if said else ""
-
-
 def findings(models):
     """Five findings, each of the data alone, or that it was not measured."""
-    encoders, record = list(filter(is_encoder, models)), model_of_record(models)
+    record = model_of_record(models)
     found = {
-        "What FP16 changes": find_fp16(encoders),
-        "What INT8 changes": find_int8(encoders),
-        "Speed on this machine" if not (record and record["perf"] and on_gpu(record["perf"])) else "Speed": find_speed(record),
+        "What FP16 changes": find_deviation(models, ("TRT_FP16", EMULATED)),
+        "What INT8 changes": find_deviation(models, ("TRT_INT8", "TRT_BEST")),
+        "What it brings here": find_speed(record),
         "What bounds a layer": find_bounds(record),
         "What may be deployed": find_deployable(models),
     }
-    return "\n".join(f"{i}. **{name}.** {text or NOT_MEASURED + '.'}" for i, (name, text) in enumerate(found.items(), 1))
+    lines = (f"{i}. **{name}.** {text or md.NOT_MEASURED + '.'}" for i, (name, text) in enumerate(found.items(), 1))
+    return "\n".join(lines)
 
 
-def find_fp16(models):
-    fp16 = each(models, lambda m: deviation(m, "TRT_FP16") is not None and percent(deviation(m, "TRT_FP16")))
-    tf32 = each(models, lambda m: deviation(m, EMULATED) is not None and percent(deviation(m, EMULATED)))
-    text = f"The embeddings in FP16 differ from the reference by a relative L2 error of {fp16}." if fp16 else ""
-    return text + (f" TF32, which a GPU may multiply in where FP32 is asked for, differs by {tf32}." if tf32 else "")
-
-
-def find_int8(models):
-    def say(m):
-        values = [deviation(m, f"TRT_{p}") for p in ("INT8", "BEST")]
-        cosine = averages(m).get("TRT_BEST", {}).get("mean_cosine")
-        if None in values or not m["sensitivity"]:
-            return ""
-        share = m["sensitivity"]["int8_flops_share"] or 0
-        return f"{percent(values[0])} (INT8) and {percent(values[1])} (BEST, mean cosine {cosine:.4f}) with {share:.1%} of the FLOPs of weight MatMuls in INT8"
-
-    text = each(models, say)
-    return text and f"The relative L2 error of the embeddings on texts that neither calibrated nor selected is {text}."
+def find_deviation(models, plans):
+    """The relative L2 error of some plans for every encoder, and how much of INT8's is in INT8."""
+    said = []
+    for m in filter(md.is_encoder, models):
+        errors = [
+            f"{md.percent(deviation(m, p))} in {p.removeprefix('TRT_')}" for p in plans if deviation(m, p) is not None
+        ]
+        if errors and plans[0] == "TRT_INT8" and m["sensitivity"]:
+            errors[-1] += (
+                f", with {m['sensitivity']['int8_flops_share'] or 0:.1%} of the FLOPs of its weight MatMuls in INT8"
+            )
+        if errors:
+            said.append(f"For {m['title']}, the relative L2 error of the embeddings is {md.listing(errors)}.")
+    return " ".join(said)
 
 
 def common_concurrency(perf):
@@ -139,8 +134,8 @@ def find_speed(model):
     for key in (k for k in EMBEDDERS if k != REFERENCE and (k, c) in levels(perf)):
         ratio = levels(perf)[key, c]["throughput_infer_per_s"] / base["throughput_infer_per_s"]
         said.append(f"{key} {ratio:.2f}{'' if ratio > factor or ratio < 1 / factor else ' (within the noise)'}")
-    worth = "" if on_gpu(perf) else " These are ratios of graphs on a CPU and say nothing about TensorRT."
-    engines = listing(dict.fromkeys(perf["server"]["engines"].values()))
+    worth = "" if md.on_gpu(perf) else " These are ratios of graphs on a CPU and say nothing about TensorRT."
+    engines = md.listing(dict.fromkeys(perf["server"]["engines"].values()))
     return (
         f"At concurrency {c}, executed by {engines}, the throughput of {model['title']} as a multiple of {REFERENCE}'s is: "
         f"{', '.join(said)}. The noise is a factor of {factor:.2f}.{worth}"
@@ -152,10 +147,8 @@ def find_bounds(model):
     if not record:
         return ""
     gpu, largest = record["gpu"]["name"], max(record["kinds"], key=lambda k: k["share"])
-    batches = []
-    for p in (p for p in record["least_latency_s"] if has(record, p)):
-        solved = largest["precisions"][p]["threshold"]
-        batches.append(f"{solved['batch'] or solved['verdict']} in {p}")
+    solved = {p: largest["precisions"][p]["threshold"] for p in precisions_of(record)}
+    batches = (f"{found['batch'] or found['verdict']} in {p}" for p, found in solved.items() if found)
     text = (
         f"A text of {record['length']} tokens costs {model['title']} {record['totals']['flops'] / 1e9:.1f} GFLOPs. On {gpu}, by its "
         f"data sheet, arithmetic bounds {largest['kind']} ({largest['share']:.0%} of the FLOPs) from this batch on: {', '.join(batches)}."
@@ -163,7 +156,7 @@ def find_bounds(model):
     least = {p: least_us(record, p, "8") for p in ("FP16", "INT8", "BEST") if p in record["least_latency_s"]}
     if len(least) < 3 or None in least.values():
         return text
-    text += f" The least latency at batch 8 is {listing(f'{us:.0f} µs in {p}' for p, us in least.items())}."
+    text += f" The least latency at batch 8 is {md.listing(f'{us:.0f} µs in {p}' for p, us in least.items())}."
     if least["BEST"] < least["INT8"]:
         above = ", above FP16's" if least["INT8"] > least["FP16"] else ""
         text += f" INT8, with FP32 around its Q/DQ pairs, shows the arithmetic and has the higher bound{above}; BEST, with FP16 around them, is the one to deploy."
@@ -177,7 +170,7 @@ def find_deployable(models):
         passed, failed = deployable(record)
         parts.append(
             f"For {model['title']}, agreement with the original model in torch is shown to be above {record['conclusion']['agreement']:.1%} "
-            f"on {record['data']['count']} texts for {listing(passed)}; it is not shown for {listing(failed)}."
+            f"on {record['data']['count']} texts for {md.listing(passed)}; it is not shown for {md.listing(failed)}."
         )
     return " ".join(parts)
 
@@ -187,66 +180,62 @@ def find_deployable(models):
 
 def engine_of(model, key):
     """What executed an embedder; both where quality and speed were measured on different engines."""
-    engines = {kind: model[kind]["server"]["engines"].get(key, NOT_MEASURED) for kind in ("quality", "perf") if model[kind]}
+    if key == EMULATED:
+        return "ONNX Runtime, CPU"
+    measured = {kind: model[kind]["server"]["engines"] for kind in ("quality", "perf") if model[kind]}
+    engines = {kind: found.get(key, md.NOT_MEASURED) for kind, found in measured.items()}
     if len(set(engines.values())) > 1:
         return "; ".join(f"{kind}: {engine}" for kind, engine in engines.items())
-    return next(iter(engines.values()), NOT_MEASURED)
+    return next(iter(engines.values()), md.NOT_MEASURED)
 
 
 def result_row(model, key, low, high):
     """One embedder: engine, quality, speed alone and under load."""
-    row = averages(model).get(key, {})
-    quality = [row.get("error") or percent(row.get("relative_l2_error")), row.get("error") or number(row.get("mean_cosine"), ".5f")]
-    found = levels(model["perf"])
-    speeds = [number(found.get((key, c), {}).get("throughput_infer_per_s"), ".1f") for c in (low, high)]
+    row, found = averages(model).get(key, {}), levels(model["perf"])
+    quality = [md.percent(row.get("relative_l2_error")), md.number(row.get("mean_cosine"), ".5f")]
+    quality = [row["error"]] * 2 if "error" in row else ["reference"] * 2 if key == REFERENCE else quality
+    speeds = [md.number(found.get((key, c), {}).get("throughput_infer_per_s"), ".1f") for c in (low, high)]
     level = found.get((key, high))
-    latency = [f"{level['latency_p50_ms']:.1f} / {tail(level)}", level["n"]] if level else [NOT_MEASURED, ""]
-    return [key, engine_of(model, key), *(["reference"] * 2 if key == REFERENCE else quality), *speeds, *latency]
+    latency = [f"{level['latency_p50_ms']:.1f} / {tail(level)}", level["n"]] if level else [md.NOT_MEASURED, ""]
+    return [key, engine_of(model, key), *quality, *(["not served"] * 3 + [""] if key == EMULATED else speeds + latency)]
 
 
 def result_table(model):
     """The table of one encoder."""
     low, high = 1, (model["perf"] and common_concurrency(model["perf"])) or 8
-    rows = [result_row(model, key, low, high) for key in EMBEDDERS]
-    if EMULATED in averages(model):
-        row = averages(model)[EMULATED]
-        rows.insert(2, [EMULATED, "ONNX Runtime, CPU", percent(row["relative_l2_error"]), f"{row['mean_cosine']:.5f}", *["no model"] * 3, ""])
+    keys = [*EMBEDDERS, EMULATED] if EMULATED in averages(model) else EMBEDDERS
     header = ["embedder", "executed by", "relative L2 error", "mean cosine"]
     header += [f"infer/s, concurrency {low}", f"infer/s, concurrency {high}", f"p50 / p99 ms, concurrency {high}", "n"]
-    captions = dict.fromkeys(caption(model[kind]) for kind in ("quality", "perf") if model[kind])
-    return [f"**{model['title']}**. {' | '.join(captions)}.", table(header, rows)]
+    captions = dict.fromkeys(md.caption(model[kind]) for kind in ("quality", "perf") if model[kind])
+    rows = [result_row(model, key, low, high) for key in keys]
+    return [f"**{model['title']}**. {' | '.join(captions)}.", md.table(header, rows)]
 
 
 def results(models):
     """A table of every encoder, with its noise; the model of record first."""
     record, parts = model_of_record(models), []
-    for model in sorted(filter(is_encoder, models), key=lambda m: m is not record):
+    for model in sorted(filter(md.is_encoder, models), key=lambda m: m is not record):
         parts += result_table(model)
-        if model["perf"] and model is not record:  # the record's own stands in its section
+        if model["perf"]:
             parts.append(noise_line(model["perf"]))
-        parts.append(f"All its tables: [{DETAILS}]({relative(model, DETAILS)}).")
-    return parts or [f"Results of an encoder: {NOT_MEASURED}."]
+        parts.append(f"All its tables: [{md.DETAILS}]({md.relative(model, md.DETAILS)}).")
+    return parts or [f"Results of an encoder: {md.NOT_MEASURED}."]
 
 
 def summary(models):
     """The model of record's table and a line on the rest, for the README."""
     record = model_of_record(models)
     others = [m["title"] for m in models if m is not record]
-    rest = f"[report.md](report.md) has the findings{f', and also {listing(others)}' if others else ''}."
+    rest = f"[report.md](report.md) has the findings{f', and also {md.listing(others)}' if others else ''}."
     return [*(result_table(record) if record else [record_line(record)]), rest]
 
 
-def precision_name(key):
-    """FP16 of TRT_FP16."""
-    return next((p for p in PRECISIONS if model_key(p) == key), key)
-
-
 def environments(models):
-    """Machine and versions of every measurement, those of the same run together."""
+    """Machine and versions of every measurement, a row for those that are alike."""
     rows = []
     for model in models:
         for kind in (k for k in KINDS if model[k]):
-            e, server = model[kind]["environment"], model[kind].get("server")
+            e = model[kind]["environment"]
             packages = ", ".join(f"{name} {version}" for name, version in e["packages"].items() if version)
-            rows.append([f"{model['title']}: {kind}", caption(model[kind]), f"Python {e['python']}, {packages}", server["version"] if server else ""])
-    return rows
+            rows.append([f"{kind} of {model['title']}", md.machine_of(e), e["os"], f"Python {e['python']}, {packages}"])
+    return md.table(["measurement", "machine", "system", "versions"], md.fold(rows))

@@ -17,12 +17,17 @@ def table(header, rows):
     return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
 
 
+def columns(rows, spec):
+    """Markdown table of {heading: what a row's cell is}; rows that differ only in their first cell are one."""
+    return table(spec, fold([[cell(row) for cell in spec.values()] for row in rows]))
+
+
 def fold(rows):
     """Rows that differ only in their first cell as one row: Q, K, V."""
     groups = {}
     for first, *rest in rows:
         groups.setdefault(tuple(rest), []).append(first)
-    return [[", ".join(names), *rest] for rest, names in groups.items()]
+    return [[", ".join(map(str, names)), *rest] for rest, names in groups.items()]
 
 
 def listing(items, last="and"):
@@ -37,11 +42,11 @@ def number(value, form):
 
 
 def percent(value):
-    """A share in percent with two significant digits: 0.034 %, 6.7 %, 120 %."""
+    """A share in percent with two significant digits: 0.034%, 6.7%, 120%."""
     if value is None:
         return NOT_MEASURED
     value *= 100
-    return f"{value:.{max(0, 1 - floor(log10(abs(value))))}f} %" if value else "0 %"
+    return f"{value:.{max(0, 1 - floor(log10(abs(value))))}f}%" if value else "0%"
 
 
 def relative(model, name):

@@ -37,7 +37,9 @@ def draw_deviations(model):
         line = STYLES.get(plan, ("-",))[0]
         axes.step(values[exact:], shares, linestyle=line, where="post", linewidth=2.2, label=label)
     axes.set_xscale("log")
-    axes.set(xlabel="relative L2 error of a text's output to the ONNX reference", ylabel="share of texts", ylim=(0, 1.02))
+    axes.set(
+        xlabel="relative L2 error of a text's output to the ONNX reference", ylabel="share of texts", ylim=(0, 1.02)
+    )
     axes.set_title(f"{model['title']}: deviation per text", fontsize=10)
     axes.grid(which="both", alpha=0.25)
     axes.legend(fontsize=8)
@@ -63,7 +65,7 @@ def draw_performance(model):
         for axes, (shown, values, bars) in zip(panels, series, strict=True):
             if shown:
                 axes.errorbar([r["concurrency"] for r in shown], values, yerr=bars, **style)
-    labels = ("throughput, infer/s; bars: slowest and fastest round", "latency p50, ms", "latency p99, ms")
+    labels = ("throughput, infer/s", "latency p50, ms", "latency p99, ms")
     for axes, label in zip(panels, labels, strict=True):
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
@@ -73,6 +75,7 @@ def draw_performance(model):
             axes.legend(fontsize=7)
         else:
             axes.text(0.5, 0.5, "n too small", ha="center", transform=axes.transAxes)
+    panels[0].set_title("bars: slowest and fastest round", fontsize=9)
     engines = ", ".join(dict.fromkeys(perf["server"]["engines"].values()))
     figure.suptitle(f"{model['title']}; executed by {engines}; {perf['environment']['cpu']}", fontsize=10)
     return figure

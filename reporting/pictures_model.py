@@ -43,13 +43,25 @@ def draw_roofline(model):
             x = kind["precisions"][precision]["intensity"][batch]
             y = min(peak_of(gpu, kind, precision), x * gpu["bandwidth"]) / 1e12
             right.plot(x, y, linestyle="", markerfacecolor=face, **style)
-    for kinds, peak, dashes in (("matmuls", gpu["peak_flops"][precision], "-"), ("all others, vector units", gpu["peak_flops"]["FP32"], "--")):
+    for kinds, peak, dashes in (
+        ("matmuls", gpu["peak_flops"][precision], "-"),
+        ("all others, vector units", gpu["peak_flops"]["FP32"], "--"),
+    ):
         ridge = peak / gpu["bandwidth"]
         left.axhline(ridge, color="black", linestyle=dashes, linewidth=1, label=f"ridge of {kinds}")
         xs = [0.05, ridge, 3000]
-        right.plot(xs, [min(peak, x * gpu["bandwidth"]) / 1e12 for x in xs], color="black", linestyle=dashes, linewidth=1, label=f"roof of {kinds}")
+        right.plot(
+            xs,
+            [min(peak, x * gpu["bandwidth"]) / 1e12 for x in xs],
+            color="black",
+            linestyle=dashes,
+            linewidth=1,
+            label=f"roof of {kinds}",
+        )
     for face, batch in (("none", 1), ("0.4", 8)):
-        right.plot([], [], linestyle="", marker="o", color="0.4", markerfacecolor=face, label=f"a layer at batch {batch}")
+        right.plot(
+            [], [], linestyle="", marker="o", color="0.4", markerfacecolor=face, label=f"a layer at batch {batch}"
+        )
     left.set_xscale("log", base=2)
     left.xaxis.set_major_formatter("{x:g}")
     left.set(xlabel="batch", ylabel=f"intensity in {precision}, FLOP/byte", yscale="log")

@@ -1,7 +1,6 @@
 """Sections on what a precision does to the answers: deviations, sentence similarity, the search for INT8."""
 
-from core.tables import PRECISIONS
-from reporting.markdown import NOT_MEASURED, caption, fold, listing, number, percent, relative, table
+from reporting.markdown import NOT_MEASURED, caption, columns, listing, number, percent, table
 
 EMULATED = "FP32 as TF32 (emulated)"
 DEVIATIONS = {  # heading -> key of an average, how it is written
@@ -35,40 +34,23 @@ def deviations(model):
     for plan, row in averages(model).items():
         engine = quality["server"]["engines"].get(plan, "ONNX Runtime, CPU")  # TF32 is emulated in process
         cells = [form(row[key]) if "error" not in row else "" for key, form in DEVIATIONS.values()]
-        rows.append([plan, engine if "error" not in row else row["error"], *cells])
+        rows.append([plan, row.get("error", engine), *cells])
     texts = quality["texts"]
     lead = f"{caption(quality)}; {texts['count']} texts ({texts['file']})."
     return [lead, table(["plan", "executed by", *DEVIATIONS], rows)]
 
 
 def similarity(models):
-    """Rank correlation of the sentences' similarities with people's scores, a row per model; [] where not measured."""
-    found = [m for m in models if m["sts"] and m["sts"]["pairs"]]
-    if not found:
-        return []
-    plans = list(dict.fromkeys(plan for m in found for plan in m["sts"]["plans"]))
-    rows = []
-    for m in found:
-        cells = (number(m["sts"]["plans"].get(plan, {}).get("spearman"), ".4f") for plan in plans)
-        rows.append([m["title"], f"{m['sts']['pairs']['count']} ({m['sts']['pairs']['file']})", *cells])
-    return [
-        "Spearman's rank correlation of the similarity of two sentences (the cosine of their mean hidden states) "
-        "with the scores that people gave:",
-        table(["model", "pairs of sentences", *plans], rows),
-    ]
-
-
-def hidden_state(model):
-    """How far the encoder's last hidden state moves, per graph."""
-    record = model["sts"]
-    if not record:
-        return [f"Last hidden state: {NOT_MEASURED}."]
-    rows = [
-        [plan, f"{row['mean_cosine']:.6f}", percent(row["relative_l2_error"]), number(row["spearman"], ".4f")]
-        for plan, row in record["plans"].items()
-    ]
-    lead = f"{caption(record)}; {record['texts']} texts, executed without a server."
-    return [lead, table(["graph", "mean cosine", "relative L2", "Spearman of sentence pairs"], rows)]
+    """The last hidden state and the similarity of sentences, per graph."""
+    rows = [(m, plan, row) for m in models if m["sts"] for plan, row in m["sts"]["plans"].items()]
+    spec = {
+        "graph": lambda r: f"{r[0]['title']}: {r[1]}",
+        "hidden state: mean cosine": lambda r: f"{r[2]['mean_cosine']:.6f}",
+        "hidden state: relative L2": lambda r: percent(r[2]["relative_l2_error"]),
+        "Spearman of sentence pairs": lambda r: number(r[2]["spearman"], ".4f"),
+        "pairs": lambda r: r[0]["sts"]["pairs"]["count"] if r[0]["sts"]["pairs"] else "none",
+    }
+    return columns(rows, spec) if rows else f"Last hidden state: {NOT_MEASURED}."
 
 
 # --- the search for INT8 -------------------------------------------------------------
@@ -81,83 +63,68 @@ def fidelity(row):
 
 def searches(models):
     """What the search chose for every model, a row each."""
-    rows = []
-    for model in (m for m in models if m["sensitivity"]):
-        record = model["sensitivity"]
-        texts, target = record["texts"], record["target"]
-        reached = [fidelity(record["reached"][p]) if record["reached"] else "target not met" for p in ("INT8", "BEST")]
-        wanted = f"{target['mean_cosine']:g} / {percent(target['relative_l2_error'])}"
-        share = f"{record['int8_flops_share'] or 0:.1%}"
-        rows.append([model["title"], f"{texts['calibration']} + {texts['selection']}", share, wanted, *reached])
-    header = ["model", "texts that calibrate + select", "FLOPs of weight MatMuls in INT8", "target"]
-    return table([*header, "INT8 reached", "BEST reached"], rows) if rows else f"Search for INT8: {NOT_MEASURED}."
 
+    def reached(precision):
+        return lambda r: fidelity(r[1]["reached"][precision]) if r[1]["reached"] else "target not met"
 
-def hardest(record, count=3):
-    """The MatMuls whose error alone in INT8 is largest, as a sentence."""
-    rows = sorted((r for r in record["matmuls"] if r["relative_l2_error"]), key=lambda r: -r["relative_l2_error"])
-    if not rows:
-        return ""
-    named = (f"`{r['matmul']}` ({percent(r['relative_l2_error'])})" for r in rows[:count])
-    return f"The MatMuls with the largest relative L2 error, each alone in INT8, are {listing(named)}."
+    spec = {
+        "model": lambda r: r[0]["title"],
+        "texts that calibrate + select": lambda r: f"{r[1]['texts']['calibration']} + {r[1]['texts']['selection']}",
+        "FLOPs of weight MatMuls in INT8": lambda r: f"{r[1]['int8_flops_share'] or 0:.1%}",
+        "target": lambda r: f"{r[1]['target']['mean_cosine']:g} / {percent(r[1]['target']['relative_l2_error'])}",
+        "INT8 reached": reached("INT8"),
+        "BEST reached": reached("BEST"),
+    }
+    rows = [(m, m["sensitivity"]) for m in models if m["sensitivity"]]
+    return columns(rows, spec) if rows else f"Search for INT8: {NOT_MEASURED}."
 
 
 def search(model):
-    """The search of one model in full."""
+    """The search of one model in full: its curve, and its MatMuls, the largest error first."""
     record = model["sensitivity"]
-    if not record:
-        return [f"Search for INT8: {NOT_MEASURED}."]
-    curve = [
-        [f"{p['int8_flops_share']:.1%}", number(p["mean_cosine"], ".5f"), percent(p["relative_l2_error"])]
-        for p in record["curve"]
-    ]
     lead = (
         f"{caption(record)}; {record['texts']['file']}, seed {record['seed']}; {record['seconds']:.0f} s, "
         f"{record['peak_memory_mib']} MiB at most{'; stopped by --max-minutes' if record['time_was_over'] else ''}."
     )
-    return [
-        lead,
-        table(["share of FLOPs in INT8", "mean cosine", "relative L2"], curve),
-        matmul_table(record),
-    ]
-
-
-def matmul_table(record):
-    """A row per MatMul, the largest error first; those that are alike together."""
-    rows = []
-    for row in sorted(record["matmuls"], key=lambda r: -(r["relative_l2_error"] or 0)):
-        alpha = "" if row["alpha"] is None else f"{row['alpha']:g}{' + offsets' if row['offsets'] else ''}"
-        error, cosine = percent(row["relative_l2_error"]), number(row["mean_cosine"], ".5f")
-        where = "INT8" if row["int8"] else "floating point"
-        rows.append([f"`{row['matmul']}`", f"{row['flops_share']:.2%}", error, cosine, alpha, where, row["why"]])
-    header = ["MatMul, alone in INT8", "share of FLOPs", "relative L2", "mean cosine", "smoothing α", "computed in"]
-    return table([*header, "why"], fold(rows))
+    errors = {
+        "relative L2": lambda r: percent(r["relative_l2_error"]),
+        "mean cosine": lambda r: number(r["mean_cosine"], ".5f"),
+    }
+    curve = {"share of FLOPs in INT8": lambda r: f"{r['int8_flops_share']:.1%}"} | errors
+    matmuls = {
+        "MatMul, alone in INT8": lambda r: f"`{r['matmul']}`",
+        "share of FLOPs": lambda r: f"{r['flops_share']:.2%}",
+        **errors,
+        "smoothing α": lambda r: "" if r["alpha"] is None else f"{r['alpha']:g}{' + offsets' if r['offsets'] else ''}",
+        "computed in": lambda r: "INT8" if r["int8"] else "floating point",
+        "why": lambda r: r["why"],
+    }
+    ranked = sorted(record["matmuls"], key=lambda r: -(r["relative_l2_error"] or 0))
+    return [lead, columns(record["curve"], curve), columns(ranked, matmuls)]
 
 
 # --- plans ---------------------------------------------------------------------------
 
 
-def plan_rows(models):
-    """A row per plan of every model: from which graph and how it was built, and what is in it."""
-    rows = []
-    for model in (m for m in models if m["plans"]):
-        for precision in PRECISIONS:
-            m = model["plans"].get("plans", {}).get(precision)
-            if not m:
-                continue
-            counts = [", ".join(f"{n} {p}" for p, n in m["counts"][k].items()) for k in ("layers", "weight_matmuls")]
-            how = m["built_as"] + (", plain INT8" if m["plain_int8"] else "")
-            target = f"TensorRT {m['tensorrt_version']}, {m['gpu']} ({m['compute_capability']}), driver {m['driver']}"
-            size = f"{m['plan_bytes'] / 1e6:.1f}"
-            rows.append([f"{model['title']}: {precision}", m["graph"], how, *counts, size, m["tf32"], target])
-    return rows
-
-
 def plans(models):
     """The plans there are, and what the compile check says of the graphs."""
-    header = ["plan", "graph", "built as", "layers", "weight MatMuls", "MB", "TF32", "built with, on"]
-    rows = plan_rows(models)
-    parts = [table(header, rows) if rows else "Plans: not built. A plan needs a GPU."]
+
+    def counts(what):
+        return lambda r: ", ".join(f"{n} {p}" for p, n in r[1]["counts"][what].items())
+
+    spec = {
+        "plan": lambda r: r[0],
+        "graph": lambda r: r[1]["graph"],
+        "built as": lambda r: r[1]["built_as"] + (", plain INT8" if r[1]["plain_int8"] else ""),
+        "layers": counts("layers"),
+        "weight MatMuls": counts("weight_matmuls"),
+        "MB": lambda r: f"{r[1]['plan_bytes'] / 1e6:.1f}",
+        "TF32": lambda r: r[1]["tf32"],
+        "built with": lambda r: f"TensorRT {r[1]['tensorrt_version']}, driver {r[1]['driver']}",
+        "for": lambda r: f"{r[1]['gpu']} ({r[1]['compute_capability']})",
+    }
+    rows = [(f"{m['title']}: {p}", row) for m in models if m["plans"] for p, row in m["plans"]["plans"].items() if row]
+    parts = [columns(rows, spec) if rows else "Plans: not built. A plan needs a GPU."]
     for model in (m for m in models if m["compile"]):
         record = model["compile"]
         by_state = {None: []} | {row["error"]: [] for row in record["rows"]}
@@ -170,11 +137,3 @@ def plans(models):
             + "".join(f" Refused: {listing(names)}: {error}." for error, names in by_state.items())
         )
     return parts
-
-
-def int8_picture(model):
-    """The picture of a model's search with what it shows."""
-    if not model["sensitivity"]:
-        return []
-    alt = "Quality against the share in INT8; error of each MatMul alone in INT8"
-    return [f"![{alt}]({relative(model, 'sensitivity.png')})", hardest(model["sensitivity"])]

@@ -108,23 +108,27 @@ def how_measured(perf):
 
 def level_table(perf):
     """Every level: client's latencies, server's split, what the server used."""
-    header = ["model", "concurrency", "n", "infer/s", "served / bare", "mean ms", "p50 ms", "p90 ms", "p95 ms"]
-    header += ["p99 ms", "queue ms", "compute ms", "mean batch", "server CPU cores", "stable"]
-    rows, found = [], {(r["model"], r["concurrency"]): r for r in perf["rows"]}
-    for key in map(tuple, perf["planned"]):
-        row = found.get(key)
-        if not row or "error" in row:
-            said = f"refused: {row['error']}" if row else NOT_MEASURED
-            rows.append([*key, said, *[""] * (len(header) - 3)])
-            continue
-        latencies = (f"{row[f'latency_{k}_ms']:.1f}" for k in ("mean", "p50", "p90", "p95"))
-        optional = {"served_to_bare": ".2f", "mean_batch_size": ".2f", "server_cpu_cores": ".2f"}
-        ratio, batch, cores = (format(row[k], f) if row.get(k) is not None else "" for k, f in optional.items())
-        server = (f"{row['server_queue_ms']:.1f}", f"{row['server_compute_ms']:.1f}", batch, cores)
-        stable = "yes" if row["stable"] else f"no, {row['spread_percent']:.0f} %"
-        speed = f"{row['throughput_infer_per_s']:.1f}"
-        rows.append([*key, row["n"], speed, ratio, *latencies, tail(row), *server, stable])
-    return table(header, rows)
+    found = {(r["model"], r["concurrency"]): r for r in perf["rows"]}
+    rows = [{"model": m, "concurrency": c} | found.get((m, c), {"error": NOT_MEASURED}) for m, c in perf["planned"]]
+
+    def cell(key, form=".1f"):
+        return lambda r: "" if r.get(key) is None else format(r[key], form)
+
+    spec = {
+        "model": lambda r: r["model"],
+        "concurrency": lambda r: r["concurrency"],
+        "infer/s": lambda r: r.get("error") or f"{r['throughput_infer_per_s']:.1f}",
+        "n": cell("n", ""),
+        "served / bare": cell("served_to_bare", ".2f"),
+        **{f"{k} ms": cell(f"latency_{k}_ms") for k in ("mean", "p50", "p90", "p95")},
+        "p99 ms": lambda r: "" if "error" in r else tail(r),
+        "queue ms": cell("server_queue_ms"),
+        "compute ms": cell("server_compute_ms"),
+        "mean batch": cell("mean_batch_size", ".2f"),
+        "server CPU cores": cell("server_cpu_cores", ".2f"),
+        "stable": lambda r: "" if "error" in r else "yes" if r["stable"] else f"no, {r['spread_percent']:.0f}%",
+    }
+    return table(spec, [[c(row) for c in spec.values()] for row in rows])
 
 
 def bare_table(perf):
@@ -149,4 +153,4 @@ def bare_table(perf):
 def performance(model):
     """The section of one model in the report."""
     perf = model["perf"]
-    return [how_measured(perf), noise_line(perf), *matrices(perf)] if perf else [f"Speed: {NOT_MEASURED}."]
+    return [how_measured(perf), *matrices(perf)] if perf else [f"Speed: {NOT_MEASURED}."]

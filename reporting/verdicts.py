@@ -1,16 +1,11 @@
 """Sections on which precision of a classifier may be deployed: results/<slug>/<machine>/verdicts.json."""
 
-from reporting.markdown import NOT_MEASURED, caption, listing, relative, table
+from reporting.markdown import NOT_MEASURED, caption, columns, listing, relative
 
 
 def interval(value):
     """0.9123 [0.8990, 0.9255]"""
     return "undefined" if value is None else f"{value['value']:.4f} [{value['low']:.4f}, {value['high']:.4f}]"
-
-
-def graphs(record):
-    """(name, row) of every model but torch."""
-    return [(name, row) for name, row in record["models"].items() if name != "torch"]
 
 
 def deployable(record):
@@ -26,7 +21,12 @@ def deploy(models):
     for model in (m for m in models if m["verdicts"]):
         record = model["verdicts"]
         picture = f"![Logits against torch, precision and recall with the threshold]({relative(model, 'verdicts.png')})"
-        parts += [f"**{model['title']}**. {origin(model)} {rule(record)}", agreement_table(record), conclusion(record), picture]
+        parts += [
+            f"**{model['title']}**. {origin(model)} {rule(record)}",
+            agreement_table(record),
+            conclusion(record),
+            picture,
+        ]
     return parts or [f"Verdicts of a classifier: {NOT_MEASURED}."]
 
 
@@ -64,17 +64,20 @@ def rule(record):
 
 def agreement_table(record):
     """How close each model's verdicts and logits are to torch's, and how good they are."""
-    keys = ("accuracy", "precision", "recall")
-    rows = []
-    for name, row in record["models"].items():
-        quality = [interval(row["quality"][key]) for key in keys]
-        if name == "torch":
-            rows.append([name, "torch", "reference", "", "", *quality, ""])
-            continue
-        flips = [row["flips"], f"{row['deviation']['max_abs']:.2g}"]
-        rows.append([name, row["engine"], interval(row["agreement"]), *flips, *quality, f"{row['latency_p50_ms']:.1f}"])
-    header = ["model", "executed by", "agreement with torch", "flips", "largest logit deviation", *keys, "p50 ms, one text"]
-    return table(header, rows)
+    other = [(name, row) for name, row in record["models"].items() if name != "torch"]
+    close = {
+        "model": lambda r: r[0],
+        "executed by": lambda r: r[1]["engine"],
+        "agreement with torch": lambda r: interval(r[1]["agreement"]),
+        "flips": lambda r: r[1]["flips"],
+        "McNemar p": lambda r: f"{r[1]['mcnemar']['p']:.2g}",
+        "largest logit deviation": lambda r: f"{r[1]['deviation']['max_abs']:.2g}",
+        "p50 ms, one text": lambda r: f"{r[1]['latency_p50_ms']:.1f}",
+    }
+    good = {"model": lambda r: r[0]}
+    for key in ("accuracy", "precision", "recall"):
+        good[key] = lambda r, key=key: interval(r[1]["quality"][key])
+    return f"{columns(other, close)}\n\n{columns(record['models'].items(), good)}"
 
 
 def conclusion(record):
@@ -87,29 +90,3 @@ def conclusion(record):
         f"The rule names {found['rule']}. These pass: {listing(passed)}. These do not: {listing(failed)}.\n\n"
         f"**Conclusion: {found['text']}.**{note}"
     )
-
-
-def details(model):
-    """Each model's verdicts against torch's, McNemar's test, and what another threshold would restore."""
-    record = model["verdicts"]
-    if not record:
-        return []
-    labels = record["model"]["labels"]
-    names = labels if record["positive"] is None else [f"not {record['positive']}", record["positive"]]
-    confusion = [
-        [name, f"torch: {label}", *counts]
-        for name, row in graphs(record)
-        for label, counts in zip(names, row["confusion"], strict=True)
-    ]
-    tests = []
-    for name, row in graphs(record):
-        closest, d = row["closest_threshold"], row["deviation"]
-        after = "" if closest is None else f"{closest['flips_after']} ({closest['flips_cross_validated']})"
-        at = "" if closest is None else f"{closest['threshold']:.4f}"
-        tests.append([name, f"{row['mcnemar']['p']:.3g}", row["flips"], after, at, *(f"{d[k]:.2g}" for k in ("mean", "min", "max"))])
-    header = ["model", "McNemar p", "flips", "restored", "at threshold", "logit deviation, mean", "min", "max"]
-    lead = (
-        "McNemar's exact test asks who is right where torch and the model differ. Restored is the number of flips that are left "
-        "with the threshold closest to torch's verdicts, and in brackets the number on texts that it was not chosen on."
-    )
-    return [table(["model", "", *names], confusion), lead, table(header, tests)]

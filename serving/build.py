@@ -25,7 +25,7 @@ from serving.plans import REMEDY, plan_path, shapes
 
 # "Format/Datatype" of a layer's tensors: Half, Float, "Row major linear FP32", "Row major Int8 format"
 DATA_TYPES = (("INT8", r"int8"), ("BF16", r"bf16|bfloat16"), ("FP16", r"fp16|half"), ("FP32", r"fp32|float"))
-IN_CONTAINER = ("/models/", "/cache/", "/usr/src/tensorrt/")  # the same on every machine
+IN_CONTAINER = re.compile(r"/(models|cache|usr/src/tensorrt)(/|$)")  # the same on every machine
 
 
 # --- what is in a plan ---------------------------------------------------------------
@@ -95,7 +95,7 @@ def read_log(text):
 def without_paths(argument, repository):
     """An argument as anybody may read it: the repository by its name, the last name of every other path."""
     argument = argument.replace(str(repository), repository.name)
-    return re.sub(r"(?<![^=,])/[^,]+", lambda m: m[0] if m[0].startswith(IN_CONTAINER) else Path(m[0]).name, argument)
+    return re.sub(r"(?<![^=,])/[^,]+", lambda m: m[0] if IN_CONTAINER.match(m[0]) else Path(m[0]).name, argument)
 
 
 def record(args):

@@ -5,32 +5,37 @@ import shutil
 import stat
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, run, succeed
+from conftest import ROOT, copy_repository, run
 
-PINNED = "nvcr.io/nvidia/tritonserver:26.05-py3"
+from core import files, tables
+from serving.check import check_repository
 
 
 @pytest.fixture
 def place(tmp_path):
     """The scripts in a folder of their own, so that build/ is nobody else's."""
-    for path in (*ROOT.glob("*.py"), *ROOT.glob("*.sh"), ROOT / "Dockerfile", ROOT / ".dockerignore"):
-        shutil.copy(path, tmp_path)
-    shutil.copytree(ROOT / "model_repository/tokenizer/1", tmp_path / "model_repository/tokenizer/1")
-    (tmp_path / "assets").mkdir()
-    shutil.copy(ROOT / "assets/texts.txt", tmp_path / "assets")
-    (tmp_path / ".venv").symlink_to(ROOT / ".venv")
-    return tmp_path
+    folder = tmp_path / "project"
+    for name in ("core", "precision", "serving", "tasks", "deploy"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folder)
+    shutil.copytree(ROOT / "model_repository/tokenizer/1", folder / "model_repository/tokenizer/1")
+    (folder / "assets").mkdir()
+    shutil.copy(ROOT / "assets/texts.txt", folder / "assets")
+    (folder / ".venv").symlink_to(ROOT / ".venv")
+    return folder
 
 
-def make(place, *options, docker=None):
+def make(place, *options, docker=None, cwd=None):
     """Run the copied make_image.sh; docker is a stand-in's folder."""
     path = f"{docker}:{os.environ['PATH']}" if docker else os.environ["PATH"]
-    command = [str(place / "make_image.sh"), *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=dict(os.environ, PATH=path))
+    command, environment = [str(place / "deploy/make_image.sh"), *map(str, options)], dict(os.environ, PATH=path)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=cwd)
 
 
 def docker_stand_in(folder, fail="nothing"):
@@ -71,11 +76,40 @@ def test_context_holds_the_repository_and_no_build_is_needed_to_serve_it(place, 
     found = {p.name for p in context.iterdir()}
     assert found == {"made", "model_repository", "Dockerfile", ".dockerignore"}
     assert "max_batch_size: 4" in (context / "model_repository/tiny/config.pbtxt").read_text()
-    succeed("repository.py", "--repository", context / "model_repository")
+    check_repository(context / "model_repository")
     for path in (context / "model_repository").rglob("*"):  # another user serves it
         mode = path.stat().st_mode
         assert mode & stat.S_IROTH and not mode & stat.S_IWOTH, path
         assert mode & stat.S_IXOTH or not path.is_dir(), path
+
+
+def test_the_tasks_own_repository_is_baked_from_another_folder(place, exported, tmp_path):
+    folder = copy_repository(exported, tmp_path / "own").parent
+    (tmp_path / "core.py").write_text("raise SystemExit('shadowed')")
+    shutil.copy(tmp_path / "core.py", folder)
+    done = make(place, "model_repository", "--precision", "FP16", "--name", "embedder", "--no-build", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert not (folder / "build").exists()
+    baked = place / "build/image/embedder/model_repository"
+    assert (baked / "model.json").is_file() and (baked / "embedder/config.pbtxt").is_file()
+    assert [p.parents[1].name for p in baked.rglob("model.onnx")] == ["model_TRT_FP16"]
+
+
+def packed(tiny, folder):
+    """A package as verdicts.py writes it, with a plan in it: it has a manifest.json of its own."""
+    root = folder / "tiny-ONNX"
+    shutil.copytree(tiny.repository, root / "model_repository")
+    files.write_json(root / "model_repository/model_ONNX/1/manifest.json", {"graph": "model_ONNX/1/model.onnx"})
+    files.write_json(root / "manifest.json", {"name": "tiny", "model": "ONNX"})
+    with tarfile.open(folder / "tiny.tar.gz", "w:gz") as archive:
+        archive.add(root, arcname=root.name)
+    return folder / "tiny.tar.gz"
+
+
+def test_a_package_that_holds_a_plan_is_taken(place, tiny, tmp_path):
+    done = make(place, packed(tiny, tmp_path), "--no-build")
+    assert done.returncode == 0, done.stderr
+    assert (place / "build/image/tiny/model_repository/tiny/config.pbtxt").is_file()
 
 
 def test_image_is_built_without_network_and_clean_removes_what_was_made(place, tiny, tmp_path):
@@ -149,29 +183,34 @@ def test_a_file_that_is_no_package_is_named(place):
 
 
 def test_dockerfile_is_pinned_not_root_and_checked():
-    lines = (ROOT / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
+    lines = (ROOT / "deploy/Dockerfile").read_text().replace("\\\n", " ").splitlines()
     instructions = [line.split(maxsplit=1) for line in lines if line and not line.startswith("#")]
     values = {name: value for name, value in instructions}
-    assert values["FROM"] == PINNED
+    assert values["FROM"] == tables.IMAGE
     assert values["USER"].split(":")[0] not in ("0", "root")
     assert "/v2/health/ready" in values["HEALTHCHECK"]
     assert "RUN" not in values and "ADD" not in values  # nothing is fetched
 
 
-def test_pinned_image_is_the_one_that_serve_sh_runs():
-    assert f"IMAGE={PINNED}" in (ROOT / "serve.sh").read_text()
+def test_the_pinned_image_stands_in_one_place():
+    ours = [
+        *ROOT.glob("*.*"),
+        *(p for name in ("core", "deploy", "precision", "serving", "tasks") for p in (ROOT / name).rglob("*.*")),
+    ]
+    found = {str(p.relative_to(ROOT)) for p in ours if p.suffix in (".py", ".sh") and "nvcr.io" in p.read_text()}
+    assert found == {"core/tables.py"}
 
 
 def test_hadolint_has_no_findings():
     hadolint = Path(sys.executable).with_name("hadolint")
     if not hadolint.is_file():
         pytest.skip("hadolint is not installed; ./install.sh")
-    done = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True)
+    done = subprocess.run([hadolint, ROOT / "deploy/Dockerfile"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
 def test_compose_has_limits_and_listens_on_this_machine_only():
-    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+    services = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text())["services"]
     for service in services.values():
         assert all(port.startswith("127.0.0.1:") for port in service["ports"])
         assert service["mem_limit"] and service["cpus"] and service["pids_limit"]
@@ -179,5 +218,5 @@ def test_compose_has_limits_and_listens_on_this_machine_only():
 
 
 def test_help_is_the_header():
-    done = run("make_image.sh", "-h")
-    assert done.returncode == 0 and done.stdout.startswith("Bake a classifier's model repository")
+    done = run("deploy/make_image.sh", "-h")
+    assert done.returncode == 0 and done.stdout.startswith("Bake a model repository")

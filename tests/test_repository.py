@@ -264,5 +264,3 @@ def test_a_folder_replaced_halfway_is_whole_one_way_or_the_other(tmp_path, monke
     with files.replace_folder_when_done(folder) as temporary:
         (temporary / "weights").write_text("new")
     assert (folder / "weights").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
-
-

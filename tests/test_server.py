@@ -1,11 +1,6 @@
 """The real server: answers to hard texts, errors for bad requests, starting and stopping."""
 
 import json
-import os
-import shutil
-import signal
-import socket
-import subprocess
 import threading
 import urllib.error
 import urllib.request
@@ -15,7 +10,6 @@ import pytest
 import transformers
 import tritonclient.grpc
 import tritonclient.http
-from conftest import ROOT, copy_repository, free_ports, run, start_server, succeed
 from tritonclient.utils import InferenceServerException
 
 import client
@@ -181,94 +175,3 @@ def test_ids_outside_the_vocabulary_fail_alone(chain):
         else:
             assert answer.as_numpy("EMBEDDING").shape == (1, 128, 2)
     assert_ready(chain)
-
-
-def test_it_listens_on_loopback_only(chain):
-    listening = subprocess.run(["cat", "/proc/net/tcp", "/proc/net/tcp6"], capture_output=True, text=True).stdout
-    port = f":{chain.http_port:04X}"
-    addresses = {
-        line.split()[1] for line in listening.splitlines() if port in line.split()[1] and line.split()[3] == "0A"
-    }
-    assert addresses == {f"0100007F{port}"}
-
-
-# --- serve.sh ------------------------------------------------------------------------
-
-
-def test_a_port_in_use_is_named_and_nothing_is_started(chain, tmp_path):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        http, metrics = free_ports(2)
-        grpc = taken.getsockname()[1]
-        ports = ("--http-port", http, "--grpc-port", grpc, "--metrics-port", metrics)
-        done = run("serve.sh", "start", "--device", "cpu", "--model-repository", chain.repository, *ports)
-    assert done.returncode == 1 and f"port {grpc}" in done.stderr
-    assert run("serve.sh", "status", "--http-port", http).returncode == 1
-
-
-def test_a_model_that_does_not_load_ends_the_server_and_shows_why(chain, tmp_path):
-    folder = copy_repository(chain, tmp_path)
-    path = folder / "tokenizer/1/model.py"
-    path.write_text(
-        path.read_text().replace(
-            "def initialize(self, args):", "def initialize(self, args):\n        raise ValueError('planted')"
-        )
-    )
-    done, (http, _) = start_server(folder)
-    assert done.returncode == 1 and "planted" in done.stderr
-    assert run("serve.sh", "status", "--http-port", http).returncode == 1
-    assert str(http) not in processes()
-
-
-def test_stop_ends_only_its_own_server(chain):
-    (other,) = free_ports(1)
-    state = ROOT / "build/serve" / str(other)
-    state.mkdir(parents=True)
-    try:
-        with subprocess.Popen(["sleep", "60"]) as sleeper:
-            # a pid of the past, taken over by another program since
-            (state / "server.pid").write_text(f"{sleeper.pid} 1\n")
-            assert "no server" in succeed("serve.sh", "stop", "--http-port", other).stdout
-            assert sleeper.poll() is None
-            sleeper.kill()
-    finally:
-        shutil.rmtree(state)
-    assert_ready(chain)
-
-
-def test_ctrl_c_in_run_leaves_nothing_behind(chain, tmp_path):
-    http, grpc, metrics = map(str, free_ports(3))
-    command = [str(ROOT / "serve.sh"), "run", "--device", "cpu", "--model-repository", str(chain.repository)]
-    command += ["--http-port", http, "--grpc-port", grpc, "--metrics-port", metrics]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    for line in process.stdout:
-        if line.startswith("ready"):
-            break
-    os.killpg(process.pid, signal.SIGINT)
-    try:
-        assert process.wait(timeout=60) != 0
-        assert http not in processes()
-    finally:
-        subprocess.run([ROOT / "serve.sh", "stop", "--http-port", http], capture_output=True)
-
-
-def test_the_readme_shows_the_docker_command_that_serve_sh_runs():
-    script = "source ./serve.sh; has_gpu() { true; }; parse_args start --device gpu; prepare_gpu; printf '%s ' \"${server[@]}\""
-    done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    command = done.stdout.replace(str(ROOT), "$PWD").split()
-    readme = (ROOT / "README.md").read_text().replace("\\\n", " ").replace('"', "")
-    assert " ".join(command) in " ".join(readme.split())
-
-
-def test_unknown_command_is_bad_usage():
-    assert run("serve.sh", "restart").returncode == 2
-    assert run("serve.sh", "start", "--device", "tpu").returncode == 2
-
-
-def processes():
-    """Command lines of all running tritonservers."""
-    listing = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
-    return "\n".join(line for line in listing.splitlines() if "tritonserver" in line)

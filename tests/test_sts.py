@@ -9,6 +9,8 @@ from conftest import copy_repository, run, run_here
 from onnx import numpy_helper
 
 import sts as script
+from core.repository import tokenizer_path
+from core.tokens import load_tokenizer
 
 PAIRS = (
     ("A cat sleeps.", "A cat is sleeping.", 4.9),
@@ -20,7 +22,7 @@ PAIRS = (
 
 
 def sts(exported, tmp_path, *options):
-    places = ("--repository", exported.repository, "--assets", exported.assets, "--results", tmp_path)
+    places = ("--repository", exported.repository, "--results", tmp_path)
     return run("sts.py", *options, *places)
 
 
@@ -29,7 +31,8 @@ def test_hidden_states_and_similarities_of_every_graph(exported, tmp_path):
     path.write_text("sentence1,sentence2,score\n" + "".join(f'"{a}","{b}",{score}\n' for a, b, score in PAIRS))
     done = sts(exported, tmp_path, "--sts", path, "--max-texts", 8)
     assert done.returncode == 0, done.stderr
-    record = json.loads((tmp_path / "all-MiniLM-L6-v2/sts.json").read_text())
+    (written,) = tmp_path.rglob("sts.json")
+    record = json.loads(written.read_text())
     assert record["pairs"]["count"] == 5 and record["texts"] == 8
     plans = record["plans"]
     assert list(plans) == ["ONNX", "TRT_FP32", "TRT_FP16", "TRT_INT8", "TRT_BEST"]
@@ -67,7 +70,7 @@ def broken_copy(exported, tmp_path, change):
     path.unlink()  # a link to the graph that other tests use
     change(graph)
     onnx.save(graph, path)
-    return ("--repository", folder, "--assets", exported.assets, "--results", tmp_path / "results", "--max-texts", 3)
+    return ("--repository", folder, "--results", tmp_path / "results", "--max-texts", 3)
 
 
 def test_a_graph_of_another_export_is_refused(exported, tmp_path):
@@ -82,7 +85,7 @@ def test_a_graph_of_another_export_is_refused(exported, tmp_path):
 
 def test_pairs_whose_vectors_are_not_finite_are_an_error(exported, tmp_path):
     """A word that only the pairs have answers NaN in one graph: not the same as not measured."""
-    word = script.encode_texts(exported.assets, ["guitar"])[0]["INPUT_IDS"][0, 1]
+    word = load_tokenizer(tokenizer_path(exported.repository)).encode("guitar").ids[1]
 
     def change(graph):
         largest = max(graph.graph.initializer, key=lambda i: len(i.raw_data))  # the words' embeddings

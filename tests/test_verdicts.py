@@ -6,6 +6,7 @@ import shutil
 import tarfile
 
 import numpy as np
+import onnx
 import pytest
 from conftest import run_here, start_server, succeed
 
@@ -133,8 +134,11 @@ def test_a_graph_that_was_replaced_after_the_server_started_is_named(service, tm
     graph = service.repository / "model_TRT_INT8/1/model.onnx"
     graph.rename(tmp_path / "served.onnx")
     try:
-        # the nearest to it: the same Q/DQ with FP16 around them
-        shutil.copy(service.repository / "model_TRT_BEST/1/model.onnx", graph)
+        # the nearest to it: the same Q/DQ with FP16 around them, under the name of INT8
+        other = onnx.load(service.repository / "model_TRT_BEST/1/model.onnx")
+        for noted in other.metadata_props:
+            noted.value = "INT8" if noted.value == "BEST" else noted.value
+        onnx.save(other, graph)
         done = study(service, "--url", service.http, results=tmp_path)
     finally:
         shutil.move(tmp_path / "served.onnx", graph)

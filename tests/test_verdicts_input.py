@@ -103,7 +103,7 @@ def test_weights_that_were_trained_on_are_others_however_near(tiny, tmp_path):
 
 def test_a_package_has_nothing_to_be_compared_with(reviews, tmp_path):
     target = tmp_path / "package"
-    extract(reviews.repository, target, "reviews", "FP16", 8)
+    extract(reviews.repository, target, "FP16")
     done = run_here(verdicts, "--model", reviews.checkpoint, "--repository", target)
     assert done.returncode == 1 and "expected the graph that the others are compared with" in done.stderr
 

@@ -3,8 +3,8 @@
 
 It compiles nothing. What it takes and prints follows public descriptions of the real one:
 - the first line with the version, the order of steps, "Unknown option", the device lines:
-  TensorRT's open-source samples/trtexec (release 10.x); from 11.0 on --fp16, --int8 and
-  --best are unknown options;
+  TensorRT's open-source samples/trtexec (release 10.x); from 11.0 on --fp16, --int8,
+  --best and --stronglyTyped are unknown options;
 - the layer file with --profilingVerbosity=detailed: examples in issues 4020 and 4397 of
   NVIDIA/TensorRT (LayerType, Inputs with Format/Datatype, TacticName, Metadata).
 Its version, and what goes wrong, come from environment variables that only tests set:
@@ -22,7 +22,7 @@ import onnx
 
 VERSION = os.environ.get("STANDIN_VERSION", "101601")
 MODE = os.environ.get("STANDIN_MODE", "")
-PRECISION_FLAGS = {"--fp16", "--int8", "--best"}
+PRECISION_FLAGS = {"--fp16", "--int8", "--best", "--stronglyTyped"}
 KNOWN = {"--onnx", "--saveEngine", "--minShapes", "--optShapes", "--maxShapes", "--skipInference", "--noTF32"}
 KNOWN |= {"--profilingVerbosity", "--exportLayerInfo", "--timingCacheFile", "--memPoolSize"}
 TYPES = {

@@ -86,9 +86,9 @@ def package(args, card):
         folder = Path(temporary) / root
         folder.mkdir()
         # what was measured is what is packed
-        engine = "plan" if study["models"][winner]["engine"].startswith("TensorRT") else "onnx"
-        batch = args.max_batch_size or service["max_batch_size"]
-        extract(args.repository, folder / "model_repository", name, precision, batch, engine, threshold=threshold)
+        engine = "tensorrt" if study["models"][winner]["engine"].startswith("TensorRT") else "onnxruntime"
+        settings = {"name": name, "max_batch_size": args.max_batch_size or service["max_batch_size"]}
+        extract(args.repository, folder / "model_repository", precision, engine, threshold=threshold, **settings)
         write_manifest(folder, name, winner, study)
         write_archive(folder, root, output)
     rule = f"{threshold['label']} from {threshold['value']:.4f}" if threshold else "the largest logit"
