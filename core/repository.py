@@ -79,12 +79,13 @@ def read_card(repository):
 
 
 def own_record(folder):
-    """The record of a repository that holds its own, as it is; {} where the folder is none."""
+    """The record of a repository that holds its own, as it is; {} where the folder is none, such as assets/."""
     try:
         card = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return card if isinstance(card, dict) and "task" in card else {}
+    models = any(folder.glob("*/config.pbtxt"))
+    return card if models and isinstance(card, dict) and "task" in card else {}
 
 
 # --- graphs --------------------------------------------------------------------------

@@ -213,7 +213,7 @@ def test_what_cannot_be_written_is_named(tiny, tmp_path, options, words):
 
 
 def test_only_a_repository_of_a_service_is_replaced(tiny, tmp_path):
-    for content in ('{"weights": "real", "service": {}}', '{"task": "classification"}', "[]"):
+    for content in ('{"task": "embedding", "service": {}}', '{"task": "classification"}', "[]"):
         (tmp_path / "assets").mkdir(exist_ok=True)
         (tmp_path / "assets/model.json").write_text(content)
         done = write(tiny.repository, "--output", tmp_path / "assets")
