@@ -69,17 +69,13 @@ def elementwise_cost(op, shape, batch, length):
     if op == "table":
         batch = 1
     n = shape["rows"] * shape["width"] if "rows" in shape else elements(shape, batch, length)
-    if op == "activation":
-        return Cost(shape["flops_per_element"] * n, n, 0, n)
-    flops = FLOPS_PER_ELEMENT[op] * n
-    match op:
-        case "add":
-            return Cost(flops, 2 * n, 0, n)
-        case "bias add":
-            return Cost(flops, n, elements(shape, 1, length), n)
-        case "rotary":  # a sine and a cosine per position and element of a head
-            return Cost(flops, n, 2 * length * shape["size"], n)
-    return Cost(flops, n, shape.get("parameters", 0), n)
+    flops = (shape["flops_per_element"] if op == "activation" else FLOPS_PER_ELEMENT[op]) * n
+    shared = shape.get("parameters", 0)
+    if op == "bias add":
+        shared = elements(shape, 1, length)
+    elif op == "rotary":  # a sine and a cosine per position and element of a head
+        shared = 2 * length * shape["size"]
+    return Cost(flops, 2 * n if op == "add" else n, shared, n)
 
 
 def element_bytes(layer, precision):
