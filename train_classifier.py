@@ -36,15 +36,10 @@ def read_data(args):
         eval_texts, eval_labels = read_labelled(args.eval, args.text_column, args.label_column)
         known = values if set(eval_labels) <= set(values) else names
         return (texts, classes), (eval_texts, class_indices(args.eval, eval_labels, known)), names
-    held_out = [i % EVAL_EVERY == EVAL_EVERY - 1 for i in range(len(texts))]
-    train, evaluation = (
-        (
-            [t for t, h in zip(texts, held_out, strict=True) if h is side],
-            [c for c, h in zip(classes, held_out, strict=True) if h is side],
-        )
-        for side in (False, True)
-    )
-    return train, evaluation, names
+    held_out = slice(EVAL_EVERY - 1, None, EVAL_EVERY)
+    evaluation = texts[held_out], classes[held_out]
+    del texts[held_out], classes[held_out]
+    return (texts, classes), evaluation, names
 
 
 def parse_args():

@@ -4,7 +4,6 @@ A checkpoint is a model hub id, a local folder, or the packaged MiniLM. Only saf
 read, no code of a checkpoint is executed, and whatever is missing is named.
 """
 
-import hashlib
 import importlib.util
 import inspect
 import sys
@@ -17,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import AutoConfig, AutoTokenizer
 
 from core.arguments import DEFAULT_MODEL, PACKAGED_MODEL
+from core.files import sha256
 from core.tables import ATTENTION_MASK, INPUT_IDS, TOKEN_TYPE_IDS
 
 transformers.utils.logging.disable_progress_bar()  # loading takes less than a second
@@ -73,29 +73,22 @@ def find_checkpoint(args):
     return folder, {"name": args.model.split("/")[-1], "source": f"hub: {args.model}", "revision": folder.name}
 
 
-def check_checkpoint(folder, random_weights):
-    """Exit if the folder lacks config, tokenizer or safetensors."""
-    if not (folder / "config.json").is_file():
-        raise SystemExit(f"{folder}: expected config.json, found none; name the folder of a Hugging Face checkpoint")
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise SystemExit(
-            f"{folder}: expected a tokenizer ({', '.join(TOKENIZER_FILES)}), found none; save it there with save_pretrained"
-        )
-    if not random_weights and not any(folder.glob("*.safetensors")):
-        raise SystemExit(
-            f"{folder}: expected weights in *.safetensors, found none; save them with save_pretrained, or use --random-weights"
-        )
+def check_checkpoint(folder, tokenizer, random_weights=False):
+    """Exit if the checkpoint's folder lacks config or safetensors, or the tokenizer's folder a tokenizer."""
+    weights = () if random_weights else ("*.safetensors",)
+    for path, names, what, remedy in (
+        (folder, ("config.json",), "a checkpoint's config", "name the folder of a Hugging Face checkpoint"),
+        (tokenizer, TOKENIZER_FILES, "a tokenizer", "save it there with save_pretrained"),
+        (folder, weights, "weights", "save them with save_pretrained, or use --random-weights"),
+    ):
+        if names and not any(found for name in names for found in path.glob(name)):
+            raise SystemExit(f"{path}: expected {what} ({', '.join(names)}), found none; {remedy}")
 
 
 def weights_sha256(folder):
     """SHA-256 of a checkpoint's safetensors, all files in the order of their names; None where there are none."""
     paths = sorted(Path(folder).glob("*.safetensors")) if folder else []
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest() if paths else None
+    return sha256(*paths) if paths else None
 
 
 def load_config(folder):

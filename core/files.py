@@ -54,12 +54,13 @@ def read_json(path, remedy):
         raise SystemExit(f"{path}: expected JSON, found {error}; {remedy}") from None
 
 
-def sha256(path):
-    """SHA-256 of a file's content, as hexadecimal text."""
+def sha256(*paths):
+    """SHA-256 of the content of files, one after the other, as hexadecimal text."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()
 
 

@@ -81,10 +81,8 @@ def find_folders(args):
     is the checkpoint's.
     """
     folder, card = find_folder(args)
-    source, origin = args.model, None
-    tokenizer = folder
+    tokenizer, source, origin = folder, args.tokenizer or args.model, None
     if args.tokenizer:
-        source = args.tokenizer
         tokenizer, origin = find_folder(argparse.Namespace(**vars(args) | {"model": source, "revision": None}))
     # a registry may nest them, MLflow the tokenizer apart from the model
     if split_reference(source)[0]:
@@ -92,25 +90,10 @@ def find_folders(args):
     if split_reference(args.model)[0]:
         folder = inner_folder(folder, ("config.json",), "a checkpoint")
     if folder is not None:  # None: an architecture without a checkpoint
-        check_folders(folder, tokenizer, args.random_weights)
+        check_checkpoint(folder, tokenizer, args.random_weights)
     card["slug"] = slug(card["name"] + ("-random" if args.random_weights else ""))
     card["weights_sha256"] = None if args.random_weights else weights_sha256(folder)
     return folder, tokenizer, card | ({"tokenizer": origin} if origin else {})
-
-
-def check_folders(folder, tokenizer, random_weights):
-    """Exit if config or weights are missing in the one, or the tokenizer in the other."""
-    if tokenizer == folder:
-        check_checkpoint(folder, random_weights)
-    for path, names, what in (
-        (folder, ("config.json",), "a checkpoint's config"),
-        *([] if random_weights else [(folder, ("*.safetensors",), "weights")]),
-        (tokenizer, TOKENIZER_FILES, "a tokenizer"),
-    ):
-        if not any(found for name in names for found in path.glob(name)):
-            raise SystemExit(
-                f"{path}: expected {what} ({', '.join(names)}), found none; save it there with save_pretrained"
-            )
 
 
 def find_folder(args):

@@ -65,11 +65,10 @@ def count_torch(embedder, length):
     counter = FlopCounterMode(display=False, depth=None)
     with torch.inference_mode(), counter:
         embedder(*sample_input(length))
-    root = type(embedder).__name__
-    found = {}
-    for path, ops in counter.get_flop_counts().items():
-        if path.startswith(f"{root}."):
-            found[path.removeprefix(f"{root}.")] = int(sum(ops.values()))
+    root = f"{type(embedder).__name__}."
+    found = {
+        p.removeprefix(root): int(sum(n.values())) for p, n in counter.get_flop_counts().items() if p.startswith(root)
+    }
     return {"flops": int(counter.get_total_flops()), "by_module": found}
 
 

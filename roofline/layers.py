@@ -42,7 +42,7 @@ def sample_input(length):
 
 def record_calls(embedder, length):
     """{path: (module, [shape of its output, call by call])} of every leaf module that one forward at batch 1 calls."""
-    found, hooks = {}, []
+    found = {}
 
     def hook(path):
         def note(module, inputs, output):
@@ -50,9 +50,8 @@ def record_calls(embedder, length):
 
         return note
 
-    for path, module in embedder.named_modules():
-        if not any(module.children()):
-            hooks.append(module.register_forward_hook(hook(path)))
+    leaves = [(path, module) for path, module in embedder.named_modules() if not any(module.children())]
+    hooks = [module.register_forward_hook(hook(path)) for path, module in leaves]
     try:
         with torch.inference_mode():
             embedder(*sample_input(length))
@@ -123,20 +122,18 @@ def describe_linear(path, module, shapes, parent, heads, length):
 
 def describe_attention(block, kind, module, calls, width, heads):
     """The products and the softmax of an attention block, and what its positions need. width: heads · size of one."""
-    found = []
+    whole, scores = {"width": width, "heads": heads}, {"heads": heads}
+    found = []  # (end of the name, kind, operation, shape)
     if kind == "QKV":  # ModernBERT's queries and keys are rotated
-        name = "rotary embedding"
-        found.append(new_layer(f"{block}/rotary", name, "rotary", calls, width=2 * width, size=width // heads))
-    found.append(new_layer(f"{block}/QKᵀ", "QKᵀ", "scores", calls, width=width, heads=heads))
+        found.append(("rotary", "rotary embedding", "rotary", {"width": 2 * width, "size": width // heads}))
+    found.append(("QKᵀ", "QKᵀ", "scores", whole))
     if span := getattr(module, "pos_ebd_size", 0):  # DeBERTa's disentangled attention
         for way in (w for w in ("c2p", "p2c") if w in module.pos_att_type):  # content to position, and back
-            shape = {"width": width, "heads": heads, "positions": 2 * span}
-            found.append(new_layer(f"{block}/{way}", way, "position scores", calls, **shape))
-            found.append(new_layer(f"{block}/{way} gather", "position gather", "score gather", calls, heads=heads))
-            found.append(new_layer(f"{block}/{way} add", "position add", "add", calls, heads=heads))
-    found.append(new_layer(f"{block}/softmax", "softmax", "softmax", calls, heads=heads))
-    found.append(new_layer(f"{block}/AV", "AV", "context", calls, width=width, heads=heads))
-    return found
+            found.append((way, way, "position scores", whole | {"positions": 2 * span}))
+            found.append((f"{way} gather", "position gather", "score gather", scores))
+            found.append((f"{way} add", "position add", "add", scores))
+    found += [("softmax", "softmax", "softmax", scores), ("AV", "AV", "context", whole)]
+    return [new_layer(f"{block}/{name}", kind, op, calls, **shape) for name, kind, op, shape in found]
 
 
 def describe_norm(path, module, shapes, parent, length):
@@ -198,8 +195,6 @@ def by_kind(layers):
     merged = {}
     for layer in layers:
         key = (layer["kind"], layer["op"], *sorted(layer["shape"].items()))
-        if key in merged:
-            merged[key]["calls"] += layer["calls"]
-        else:
-            merged[key] = {k: v for k, v in layer.items() if k != "name"} | {"example": layer["name"]}
+        first = {k: v for k, v in layer.items() if k != "name"} | {"calls": 0, "example": layer["name"]}
+        merged.setdefault(key, first)["calls"] += layer["calls"]
     return list(merged.values())

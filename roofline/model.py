@@ -69,17 +69,13 @@ def elementwise_cost(op, shape, batch, length):
     if op == "table":
         batch = 1
     n = shape["rows"] * shape["width"] if "rows" in shape else elements(shape, batch, length)
-    if op == "activation":
-        return Cost(shape["flops_per_element"] * n, n, 0, n)
-    flops = FLOPS_PER_ELEMENT[op] * n
-    match op:
-        case "add":
-            return Cost(flops, 2 * n, 0, n)
-        case "bias add":
-            return Cost(flops, n, elements(shape, 1, length), n)
-        case "rotary":  # a sine and a cosine per position and element of a head
-            return Cost(flops, n, 2 * length * shape["size"], n)
-    return Cost(flops, n, shape.get("parameters", 0), n)
+    flops = (shape["flops_per_element"] if op == "activation" else FLOPS_PER_ELEMENT[op]) * n
+    shared = shape.get("parameters", 0)
+    if op == "bias add":
+        shared = elements(shape, 1, length)
+    elif op == "rotary":  # a sine and a cosine per position and element of a head
+        shared = 2 * length * shape["size"]
+    return Cost(flops, 2 * n if op == "add" else n, shared, n)
 
 
 def element_bytes(layer, precision):
@@ -128,11 +124,6 @@ def peak_flops(gpu, layer, precision):
     return gpu["peak_flops"].get(row.peak if layer["op"] == "linear" else row.other_peak)
 
 
-def ridge_point(peak, bandwidth):
-    """FLOP/byte from which on arithmetic, not memory, is the bound (Williams et al. 2009)."""
-    return peak / bandwidth
-
-
 def threshold(layer, length, precision, peak, bandwidth):
     """The batch from which on arithmetic bounds a layer, solved.
 
@@ -158,29 +149,15 @@ def threshold(layer, length, precision, peak, bandwidth):
 
 
 def bound(layer, batch, length, precision, gpu):
-    """ "arithmetic" or "memory": what bounds a layer at a batch; None where the GPU lacks the precision."""
+    """ "arithmetic" or "memory": what bounds a layer at a batch; None where the GPU lacks the precision.
+
+    Arithmetic is it from the ridge point on, peak / bandwidth in FLOP/byte (Williams et al. 2009).
+    """
     peak = peak_flops(gpu, layer, precision)
     if peak is None:
         return None
-    above = intensity(layer, batch, length, precision) >= ridge_point(peak, gpu["bandwidth"])
+    above = intensity(layer, batch, length, precision) >= peak / gpu["bandwidth"]
     return "arithmetic" if above else "memory"
-
-
-def least_time(layers, batch, length, precision, gpu):
-    """Seconds below which the layers cannot run one after the other: the sum of max(FLOPs/peak, bytes/bandwidth).
-
-    None where the GPU lacks the precision.
-    """
-    total = 0.0
-    for layer in layers:
-        peak = peak_flops(gpu, layer, precision)
-        if peak is None:
-            return None
-        seconds = max(
-            cost(layer, batch, length).flops / peak, bytes_moved(layer, batch, length, precision) / gpu["bandwidth"]
-        )
-        total += layer["calls"] * seconds
-    return total
 
 
 # --- what fusion changes -------------------------------------------------------------
@@ -202,29 +179,46 @@ def fuse(layers, batch, length):
         if fits and all(a.outputs <= b.inputs for a, b in pairwise(costs)):
             groups.append(members)
             used |= set(chain)
-    return groups + [[layer] for layer in layers if layer["kind"] not in used]
+    return groups + alone(layer for layer in layers if layer["kind"] not in used)
+
+
+def alone(layers):
+    """Every layer as a group of its own, as least_time takes it."""
+    return [[layer] for layer in layers]
+
+
+def apart_bytes(group, batch, length, precision):
+    """Bytes of a group's members one by one."""
+    return sum(bytes_moved(layer, batch, length, precision) for layer in group)
 
 
 def fused_bytes(group, batch, length, precision):
     """Bytes of a group: those of its members, less each inner result's one write and one read."""
-    total = sum(bytes_moved(layer, batch, length, precision) for layer in group)
+    total = apart_bytes(group, batch, length, precision)
     for before, after in pairwise(group):
         inner = cost(before, batch, length).outputs
         total -= inner * (element_bytes(before, precision)[2] + element_bytes(after, precision)[0])
     return total
 
 
-def fused_intensity(group, batch, length, precision):
-    """FLOP/byte of a group; matmuls alone in fused attention: 4BL²D / (4·s·BLD) = L / s."""
+def fused_intensity(group, batch, length, precision, moved=fused_bytes):
+    """FLOP/byte of a group; matmuls alone in fused attention: 4BL²D / (4·s·BLD) = L / s.
+
+    The softmax runs on other units. moved: apart_bytes for the members one by one.
+    """
     matmuls = [layer for layer in group if is_matmul(layer)] or group
     flops = sum(cost(layer, batch, length).flops for layer in matmuls)
-    return flops / fused_bytes(group, batch, length, precision)
+    return flops / moved(group, batch, length, precision)
 
 
-def least_time_fused(layers, batch, length, precision, gpu):
-    """least_time with the groups of fuse: tensor cores, vector units and memory work at once within a group."""
+def least_time(groups, batch, length, precision, gpu):
+    """Seconds below which groups of layers, as fuse or alone make them, cannot run one after the other.
+
+    The sum of max(FLOPs/peak, bytes/bandwidth): tensor cores, vector units and memory work at once within a group.
+    None where the GPU lacks the precision.
+    """
     total = 0.0
-    for group in fuse(layers, batch, length):
+    for group in groups:
         units = {True: 0.0, False: 0.0}
         for layer in group:
             peak = peak_flops(gpu, layer, precision)

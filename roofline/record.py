@@ -7,25 +7,10 @@ import torch
 from core.files import read_json, replace_when_done, write_json
 from core.record import environment_record, results_folder
 from core.tables import PRECISIONS, SERVED
+from roofline import model as roofline
 from roofline.counts import compare_counts, compare_elementwise, count_closed_form, count_fvcore, count_torch
 from roofline.gpus import read_hardware
 from roofline.layers import UnknownLayer, by_kind, list_layers
-from roofline.model import (
-    PRACTICAL_BATCH,
-    bound,
-    bytes_moved,
-    cost,
-    fuse,
-    fused_bytes,
-    fused_intensity,
-    intensity,
-    is_matmul,
-    least_time,
-    least_time_fused,
-    peak_flops,
-    ridge_point,
-    threshold,
-)
 
 BATCHES = (1, 8)
 CONVENTION = "1 multiply-add = 2 FLOPs"
@@ -44,51 +29,44 @@ def count_flops(embedder, length):
             f"complexity: expected layers that the closed form knows, found {error}; "
             "no total was written, it would be too small; add the layer to roofline/layers.py"
         ) from None
-    counts = {
-        "closed_form_flops": sum(closed.values()),
-        "torch_flops": torch_flops["flops"],
-        "fvcore_raw": fvcore["raw"],
-        "fvcore_layer_norm": fvcore["layer_norm"],
-        "fvcore_macs": fvcore["macs"],
-        "fvcore_unsupported_ops": fvcore["unsupported_ops"],
-    }
+    counts = {"closed_form_flops": sum(closed.values()), "torch_flops": torch_flops["flops"]}
+    counts |= {f"fvcore_{key}": value for key, value in fvcore.items() if key != "by_module"}
     return layers, counts
 
 
 def describe_kind(layer, length, gpu, total_flops):
     """One kind of layer: FLOPs, bytes, intensity, bound and threshold in every precision."""
-    flops = layer["calls"] * cost(layer, 1, length).flops
-    row = layer | {"matmul": is_matmul(layer), "flops": flops, "share": flops / total_flops, "precisions": {}}
-    for precision in PRECISIONS:
-        peak = peak_flops(gpu, layer, precision)
-        row["precisions"][precision] = {
-            "bytes": {b: layer["calls"] * bytes_moved(layer, b, length, precision) for b in BATCHES},
-            "intensity": {b: intensity(layer, b, length, precision) for b in BATCHES},
-            "bound": {b: bound(layer, b, length, precision, gpu) for b in BATCHES},
-            "threshold": threshold(layer, length, precision, peak, gpu["bandwidth"]) if peak else None,
+    calls = layer["calls"]
+    flops = calls * roofline.cost(layer, 1, length).flops
+    row = layer | {"matmul": roofline.is_matmul(layer), "flops": flops, "share": flops / total_flops, "precisions": {}}
+    for p in PRECISIONS:
+        peak = roofline.peak_flops(gpu, layer, p)
+        row["precisions"][p] = {
+            "bytes": {b: calls * roofline.bytes_moved(layer, b, length, p) for b in BATCHES},
+            "intensity": {b: roofline.intensity(layer, b, length, p) for b in BATCHES},
+            "bound": {b: roofline.bound(layer, b, length, p, gpu) for b in BATCHES},
+            "threshold": roofline.threshold(layer, length, p, peak, gpu["bandwidth"]) if peak else None,
         }
     return row
 
 
 def describe_fusion(kinds, length):
     """Intensity of the chains that TensorRT fuses, beside that of their members one by one."""
-    rows = []
-    for group in (g for g in fuse(kinds, 1, length) if len(g) > 1):
-        # the attention block's matmuls alone: its softmax runs on other units
-        members = [layer for layer in group if is_matmul(layer)] or group
-        row = {"chain": [layer["kind"] for layer in group], "calls": group[0]["calls"], "precisions": {}}
-        for precision in PRECISIONS:
-            row["precisions"][precision] = {
-                "apart": {
-                    b: sum(cost(m, b, length).flops for m in members)
-                    / sum(bytes_moved(m, b, length, precision) for m in group)
-                    for b in BATCHES
-                },
-                "fused": {b: fused_intensity(group, b, length, precision) for b in BATCHES},
-                "bytes": {b: group[0]["calls"] * fused_bytes(group, b, length, precision) for b in BATCHES},
-            }
-        rows.append(row)
-    return rows
+    ways = {"apart": roofline.apart_bytes, "fused": roofline.fused_bytes}
+    return [
+        {
+            "chain": [layer["kind"] for layer in group],
+            "precisions": {
+                p: {
+                    way: {b: roofline.fused_intensity(group, b, length, p, moved) for b in BATCHES}
+                    for way, moved in ways.items()
+                }
+                for p in PRECISIONS
+            },
+        }
+        for group in roofline.fuse(kinds, 1, length)
+        if len(group) > 1
+    ]
 
 
 def thresholds_by_gpu(kinds, length, gpus):
@@ -99,11 +77,16 @@ def thresholds_by_gpu(kinds, length, gpus):
         found[name] = {}
         for precision, row in PRECISIONS.items():
             peak = gpu["peak_flops"].get(row.peak)
-            solved = {
-                k["kind"]: threshold(k, length, precision, peak, gpu["bandwidth"])["batch"] for k in linears if peak
-            }
+            limits = (length, precision, peak, gpu["bandwidth"])
+            solved = {k["kind"]: roofline.threshold(k, *limits)["batch"] for k in linears if peak}
             found[name][precision] = solved or None
     return found
+
+
+def least_latencies(kinds, *limits):
+    """Seconds of a model layer by layer, and with the chains fused. limits: batch, length, precision, GPU."""
+    groups = {"apart": roofline.alone(kinds), "fused": roofline.fuse(kinds, *limits[:2])}
+    return {how: roofline.least_time(of, *limits) for how, of in groups.items()}
 
 
 def count_complexity(embedder, card, gpu):
@@ -111,10 +94,10 @@ def count_complexity(embedder, card, gpu):
     length = card["max_length"]
     layers, counts = count_flops(embedder, length)
     kinds = by_kind(layers)
-    total = sum(layer["calls"] * cost(layer, 1, length).flops for layer in layers)
+    total = sum(layer["calls"] * roofline.cost(layer, 1, length).flops for layer in layers)
     parameters = sum(p.numel() for p in embedder.parameters())
     linear = sum(m.weight.numel() for m in embedder.modules() if isinstance(m, torch.nn.Linear))
-    ridges = {p: ridge_point(peak, gpu["bandwidth"]) if peak else None for p, peak in gpu["peak_flops"].items()}
+    ridges = {p: peak / gpu["bandwidth"] if peak else None for p, peak in gpu["peak_flops"].items()}
     return {
         "model": card,
         "environment": environment_record(),
@@ -132,16 +115,10 @@ def count_complexity(embedder, card, gpu):
             },
         },
         "gpu": gpu | {"ridge_points": ridges},
-        "practical_batch": PRACTICAL_BATCH,
+        "practical_batch": roofline.PRACTICAL_BATCH,
         "kinds": [describe_kind(layer, length, gpu, total) for layer in kinds],
         "fusion": describe_fusion(kinds, length),
-        "least_latency_s": {
-            p: {
-                b: {"apart": least_time(kinds, b, length, p, gpu), "fused": least_time_fused(kinds, b, length, p, gpu)}
-                for b in BATCHES
-            }
-            for p in PRECISIONS
-        },
+        "least_latency_s": {p: {b: least_latencies(kinds, b, length, p, gpu) for b in BATCHES} for p in PRECISIONS},
         "thresholds_by_gpu": thresholds_by_gpu(kinds, length, read_hardware()),
         "measured": None,
         "layers": layers,
@@ -170,9 +147,12 @@ def write_layers(record, path):
         )
         for layer in record["layers"]:
             calls, length = layer["calls"], record["length"]
-            row = [layer["name"], layer["kind"], calls, calls * cost(layer, 1, length).flops]
+            row = [layer["name"], layer["kind"], calls, calls * roofline.cost(layer, 1, length).flops]
             for p in SERVED:
-                row += [calls * bytes_moved(layer, 1, length, p), f"{intensity(layer, 1, length, p):.4g}"]
+                row += [
+                    calls * roofline.bytes_moved(layer, 1, length, p),
+                    f"{roofline.intensity(layer, 1, length, p):.4g}",
+                ]
             writer.writerow(row)
 
 

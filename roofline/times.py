@@ -19,7 +19,7 @@ from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from core.record import environment_record
-from roofline.model import bound, bytes_moved, cost, is_matmul, least_time
+from roofline.model import alone, bound, bytes_moved, cost, least_time
 
 BATCHES = (1, 8)
 GEMM_SIZE = 2048
@@ -241,17 +241,15 @@ def measure_layers(embedder, kinds, length, min_run_time_s):
 def describe_layer(layer, batch, length, times, machine):
     """One row: achieved FLOP/s, share of the roofline, predicted and measured bound."""
     seconds = times["memory_s"]
-    alone = layer | {"calls": 1}
     predicted = bound(layer, batch, length, PRECISION, machine)
     found = bound_of(times)
     return {
         "kind": layer["kind"],
-        "matmul": is_matmul(layer),
         "batch": batch,
         "calls": layer["calls"],
         **times,
         "achieved_flops": cost(layer, batch, length).flops / seconds,
-        "roofline_share": least_time([alone], batch, length, PRECISION, machine) / seconds,
+        "roofline_share": least_time([[layer | {"calls": 1}]], batch, length, PRECISION, machine) / seconds,
         "predicted": predicted,
         "measured": found,
         "agree": predicted == found,
@@ -269,5 +267,5 @@ def measure_model(embedder, kinds, batch, length, device, machine, rows, min_run
         "batch": batch,
         "seconds": seconds,
         "sum_of_layers_s": total,
-        "least_s": least_time(kinds, batch, length, PRECISION, machine),
+        "least_s": least_time(alone(kinds), batch, length, PRECISION, machine),
     }

@@ -25,6 +25,11 @@ from serving.plans import REMEDY, plan_path, shapes
 
 # "Format/Datatype" of a layer's tensors: Half, Float, "Row major linear FP32", "Row major Int8 format"
 DATA_TYPES = (("INT8", r"int8"), ("BF16", r"bf16|bfloat16"), ("FP16", r"fp16|half"), ("FP32", r"fp32|float"))
+IN_LOG = {
+    "tensorrt_version": r"TensorRT version: ([\d.]+)",
+    "gpu": r"Selected Device: (.+)",
+    "compute_capability": r"Compute Capability: ([\d.]+)",
+}
 IN_CONTAINER = re.compile(r"/(models|cache|usr/src/tensorrt)(/|$)")  # the same on every machine
 
 
@@ -80,16 +85,8 @@ def prove(precision, counts):
 
 def read_log(text):
     """{tensorrt_version, gpu, compute_capability} as trtexec's log says them, None where it does not."""
-
-    def find(pattern):
-        match = re.search(pattern, text)
-        return match[1].strip() if match else None
-
-    return {
-        "tensorrt_version": find(r"TensorRT version: ([\d.]+)"),
-        "gpu": find(r"Selected Device: (.+)"),
-        "compute_capability": find(r"Compute Capability: ([\d.]+)"),
-    }
+    found = {key: re.search(pattern, text) for key, pattern in IN_LOG.items()}
+    return {key: match and match[1].strip() for key, match in found.items()}
 
 
 def without_paths(argument, repository):

@@ -19,7 +19,7 @@ WEIGHT_DECAY = 0.01
 def load_model(args, names):
     """(encoder with a new head, tokenizer, card); the embeddings stay as they are."""
     folder, card = find_checkpoint(args)
-    check_checkpoint(folder, random_weights=False)
+    check_checkpoint(folder, tokenizer=folder)
     load_config(folder)
     tokenizer = load_tokenizer(folder, args.max_length)
     transformers_logging.set_verbosity_error()  # it reports the new head as missing

@@ -157,6 +157,28 @@ def graph_logits(source, keys, texts, batch_size):
     return gather(texts, batch_size, "graphs", answer)
 
 
+def collect(args, card, texts, keys):
+    """(source of the graphs' answers, {model: float32 [texts, classes]} of torch and of every graph)."""
+    if args.url:
+        source = open_server(args.url, card, keys)
+        check_served_models(source, args, card, texts)
+    else:
+        source = open_here(args.repository, card, keys)
+    reference = torch_logits(args, card, texts)
+    size = min(args.batch_size, source.max_batch_size or args.batch_size)
+    logits = graph_logits(source, keys, texts, size)
+    error = float(np.abs(logits[REFERENCE] - reference).max())
+    if not error <= SAME_MODEL_ERROR:
+        raise SystemExit(
+            f"--model: expected the checkpoint behind {args.repository}, found another (logits differ by {error:.3g}); "
+            "name the one that was exported"
+        )
+    for key, values in logits.items():
+        if not np.isfinite(values).all():
+            raise SystemExit(f"{EMBEDDERS[key]}: expected finite logits, found NaN or infinity; run quantize.py again")
+    return source, {"torch": reference, **logits}
+
+
 def measure_latency(source, keys, texts):
     """{key: p50 in ms} of one text a request, after a warm-up; the models in turn, so that all see the same machine."""
     texts = spread(texts, SPEED_TEXTS)

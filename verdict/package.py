@@ -9,6 +9,7 @@ from core.files import ROOT, read_json, replace_when_done, sha256, write_json
 from core.record import results_folder
 from core.repository import check_name, graph_path
 from core.tables import EMBEDDERS
+from serving.plans import plan_path
 from serving.repository import extract
 
 FROM_STUDY = (
@@ -26,20 +27,12 @@ def read_winner(args, card):
         raise SystemExit(
             f"{path}: expected a model that may be deployed, found {study['conclusion']['text']}; {remedy} on more texts"
         )
-    graph = graph_path(args.repository, winner)
-    plan = graph.with_name("model.plan")
-    for file, key in ((graph, "graph"), (plan, "plan")):
+    for find, key in ((graph_path, "graph"), (plan_path, "plan")):
+        file = find(args.repository, winner)
         studied = study[f"{key}_sha256"].get(winner)
         if studied and not (file.is_file() and sha256(file) == studied):
             raise SystemExit(f"{path}: expected a study of {file}, found one of another {key}; {remedy} again")
     return winner, study
-
-
-def threshold_of(study):
-    """{"label", "value"} that the service's LABEL is to follow; None where it is the largest logit."""
-    if study["served_verdict"] != "threshold":
-        return None
-    return {"label": study["positive"], "value": study["threshold"]}
 
 
 def write_manifest(folder, name, winner, study):
@@ -81,7 +74,9 @@ def package(args, card):
     precision = winner.removeprefix("TRT_")
     root = f"{name}-{precision}"
     output = args.output or ROOT / "build" / f"{root}.tar.gz"
-    threshold = threshold_of(study)
+    # what the service's LABEL follows; None where it is the largest logit
+    follows = study["served_verdict"] == "threshold"
+    threshold = {"label": study["positive"], "value": study["threshold"]} if follows else None
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / root
         folder.mkdir()

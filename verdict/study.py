@@ -8,18 +8,10 @@ from core.files import read_json, replace_when_done, sha256, spread, write_json
 from core.labelled import class_indices, read_labelled
 from core.record import environment_record, results_folder
 from core.repository import graph_path, graph_properties, read_graph
-from core.tables import EMBEDDERS, REFERENCE
+from core.tables import REFERENCE
+from serving.plans import plan_path
 from verdict import statistics
-from verdict.logits import (
-    SAME_MODEL_ERROR,
-    check_served_models,
-    graph_logits,
-    measure_latency,
-    models_to_judge,
-    open_here,
-    open_server,
-    torch_logits,
-)
+from verdict.logits import collect, measure_latency, models_to_judge
 from verdict.show import print_study
 
 ALIKE = 1.05  # latencies so near are told apart by noise, not by the models
@@ -82,28 +74,6 @@ def judge(logits, positive, threshold):
 # --- the models ----------------------------------------------------------------------
 
 
-def collect(args, card, texts, keys):
-    """(source of the graphs' answers, {model: float32 [texts, classes]} of torch and of every graph)."""
-    if args.url:
-        source = open_server(args.url, card, keys)
-        check_served_models(source, args, card, texts)
-    else:
-        source = open_here(args.repository, card, keys)
-    reference = torch_logits(args, card, texts)
-    size = min(args.batch_size, source.max_batch_size or args.batch_size)
-    logits = graph_logits(source, keys, texts, size)
-    error = float(np.abs(logits[REFERENCE] - reference).max())
-    if not error <= SAME_MODEL_ERROR:
-        raise SystemExit(
-            f"--model: expected the checkpoint behind {args.repository}, found another (logits differ by {error:.3g}); "
-            "name the one that was exported"
-        )
-    for key, values in logits.items():
-        if not np.isfinite(values).all():
-            raise SystemExit(f"{EMBEDDERS[key]}: expected finite logits, found NaN or infinity; run quantize.py again")
-    return source, {"torch": reference, **logits}
-
-
 def compare(name, logits, reference, classes, positive, threshold, weights):
     """Everything about one model's verdicts beside the original's."""
     verdicts, expected = (judge(values, positive, threshold) for values in (logits, reference))
@@ -135,11 +105,6 @@ def list_flips(logits, reference, texts, classes, positive, threshold):
         flip |= {"torch_logits": reference[i].tolist(), "logits": logits[i].tolist()}
         flips.append(flip | {"label": int(classes[i]), "text": texts[i]})
     return flips
-
-
-def without_data(flips):
-    """The same list without what comes from the file of labelled texts."""
-    return [{key: value for key, value in flip.items() if key not in ("text", "label")} for flip in flips]
 
 
 def conclude(rows, bound, count):
@@ -180,9 +145,7 @@ def conclude(rows, bound, count):
 
 def plans_behind(repository, engines):
     """{key: SHA-256 of the plan} of the models that TensorRT executes."""
-    plans = {
-        k: graph_path(repository, k).with_name("model.plan") for k, e in engines.items() if e.startswith("TensorRT")
-    }
+    plans = {key: plan_path(repository, key) for key, engine in engines.items() if engine.startswith("TensorRT")}
     return {key: sha256(plan) for key, plan in plans.items() if plan.is_file()}
 
 
@@ -215,12 +178,12 @@ def study(args, card):
     reference = logits["torch"]
     threshold = find_threshold(args, reference, classes, positive)
     weights = statistics.resample(len(texts), args.resamples, args.seed)
-    rows, flips = {}, {}
+    rows, flips, private = {}, {}, ("text", "label") if args.no_texts else ()
     for name, values in logits.items():
         rows[name] = compare(name, values, reference, classes, positive, threshold, weights)
         if name != "torch":
             flips[name] = list_flips(values, reference, texts, classes, positive, threshold)
-            listed = without_data(flips[name]) if args.no_texts else flips[name]
+            listed = [{key: value for key, value in flip.items() if key not in private} for flip in flips[name]]
             rows[name] |= {"latency_p50_ms": latency[name], "engine": source.engines[name], "flipped": listed}
     folder = results_folder(args.results, card)
     write_logits(folder / "verdicts.csv", logits, card["labels"])
