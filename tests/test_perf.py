@@ -27,7 +27,8 @@ def read_perf(folder):
 @pytest.fixture(scope="module")
 def measured(chain, tmp_path_factory):
     folder = tmp_path_factory.mktemp("perf")
-    done = perf_py(chain.grpc, chain, folder, "--concurrency", 1, 4, "--window-s", 0.5, "--stability-percent", 80)
+    options = ("--quick", "--concurrency", 1, 4, "--window-s", 0.5)
+    done = perf_py(chain.grpc, chain, folder, *options, timeout_s=900)
     assert done.returncode in (0, perf.EXIT_UNSTABLE), done.stdout + done.stderr[-2000:]
     record, folder = read_perf(folder)
     return SimpleNamespace(record=record, rows=record["rows"], folder=folder)
@@ -44,11 +45,11 @@ def test_every_model_is_measured_alone_at_every_level_in_order(measured):
         assert 0 < row["server_cpu_cores"] <= os.cpu_count() + 0.5
 
 
-@pytest.mark.timing
 def test_littles_law_holds(measured):
-    for row in measured.rows:  # requests under way = throughput x mean latency
-        under_way = row["throughput_infer_per_s"] * row["latency_mean_ms"] / 1e3
-        assert under_way == pytest.approx(row["concurrency"], rel=0.35), row
+    for row in measured.rows:  # requests under way = requests x their mean latency / seconds; fewer at a window's end
+        seconds = sum(r["seconds"] for r in row["rounds"])
+        under_way = row["n"] * row["latency_mean_ms"] / 1e3 / seconds
+        assert 0.5 * row["concurrency"] < under_way < 1.05 * row["concurrency"], row
 
 
 def test_n_is_the_requests_of_all_rounds_and_p99_needs_200_of_them(measured):
@@ -103,7 +104,8 @@ def test_the_raw_output_is_that_of_the_last_round(measured):
     for row in measured.rows:
         path = measured.folder / "perf" / perf.csv_name(row)
         (line,) = csv.DictReader(path.read_text().splitlines())
-        assert int(line["p50 latency"]) / 1e3 == pytest.approx(row["rounds"][-1]["latency_p50_ms"], rel=0.15), row
+        if row["n"] > 600:  # of few requests, the tool's percentile is another than ours
+            assert int(line["p50 latency"]) / 1e3 == pytest.approx(row["rounds"][-1]["latency_p50_ms"], rel=0.05), row
 
 
 def test_http_and_a_batch_of_texts_per_request(chain, tmp_path):

@@ -1,6 +1,7 @@
 """Plans as they lie in a repository: their proof, whether they fit, and what a GPU's server says of itself."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from conftest import copy_repository
@@ -47,11 +48,17 @@ def test_counts_take_the_gemm_and_the_narrowest_input(tmp_path):
 # --- what is refused before serving ----------------------------------------------------
 
 
-@pytest.fixture
-def built(exported, tmp_path):
-    folder = copy_repository(exported, tmp_path)
+@pytest.fixture(scope="module")
+def built_once(exported, tmp_path_factory):
+    """The task's own repository with its four plans."""
+    folder = copy_repository(exported, tmp_path_factory.mktemp("plans"))
     assert build(folder).returncode == 0
-    return folder
+    return SimpleNamespace(repository=folder, assets=exported.assets)
+
+
+@pytest.fixture
+def built(built_once, tmp_path):
+    return copy_repository(built_once, tmp_path)
 
 
 def refuse(folder, words, **present):
