@@ -50,7 +50,7 @@ def load_results(results):
     if not models:
         raise SystemExit(f"{results}: expected results of at least one model, found none; run ./run.sh")
     trained = [read_json(path, "run train_classifier.py again") for path in sorted(results.glob("*/*/training.json"))]
-    trainings = {record["weights_sha256"]: record for record in trained}
+    trainings = {r["weights_sha256"]: r for r in trained if r.get("weights_sha256")}
     slugs = [m["slug"] for m in models]
     for m in models:
         weights = "" if m["card"]["weights"] == "real" else f" ({m['card']['weights'].split(',')[0]} weights)"

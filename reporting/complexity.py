@@ -102,10 +102,8 @@ def bound_lists(record):
 
 def threshold_cell(found, practical):
     """Batch rounded up and as solved, or never."""
-    if found is None:
-        return "no such precision"
-    if found["verdict"] != "from":
-        return found["verdict"]
+    if found is None or found["verdict"] != "from":
+        return found["verdict"] if found else "no such precision"
     return f"{found['batch']} ({found['batch_real']:.2f}{', not in practice' if found['batch'] > practical else ''})"
 
 

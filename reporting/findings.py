@@ -147,8 +147,7 @@ def find_bounds(model):
 def find_deployable(models):
     parts = []
     for model in (m for m in models if m["verdicts"]):
-        record = model["verdicts"]
-        passed, failed = deployable(record)
+        record, (passed, failed) = model["verdicts"], deployable(model["verdicts"])
         parts.append(
             f"For {model['title']}, agreement with the original model in torch is shown to be above {record['conclusion']['agreement']:.1%} "
             f"on {record['data']['count']} texts for {md.listing(passed)}; it is not shown for {md.listing(failed)}."

@@ -54,9 +54,6 @@ def similarity(models):
     return f"The last hidden state, and the similarity of sentences:\n\n{rows}"
 
 
-# --- the search for INT8 -------------------------------------------------------------
-
-
 def fidelity(row):
     """Both figures that the search's target is made of."""
     return f"{number(row['mean_cosine'], '.4f')} / {percent(row['relative_l2_error'])}"
@@ -106,9 +103,6 @@ def search(model):
     return [lead, curve, matmuls]
 
 
-# --- plans ---------------------------------------------------------------------------
-
-
 def plan_cells(model, name, row):
     """One plan: what it was built from and how, what it holds, and for which GPU."""
     counts = {what: ", ".join(f"{n} {p}" for p, n in found.items()) for what, found in row["counts"].items()}
@@ -120,8 +114,7 @@ def plan_cells(model, name, row):
         "weight MatMuls": counts["weight_matmuls"],
         "MB": f"{row['plan_bytes'] / 1e6:.1f}",
         "TF32": row["tf32"],
-        "built with": f"TensorRT {row['tensorrt_version']}, driver {row['driver']}",
-        "for": f"{row['gpu']} ({row['compute_capability']})",
+        "built with, for": f"TensorRT {row['tensorrt_version']}, {row['gpu']} ({row['compute_capability']}), driver {row['driver']}",
     }
 
 
