@@ -18,7 +18,7 @@ from pathlib import Path
 from core.files import RESULTS, ROOT, read_json, replace_when_done
 from reporting.findings import KINDS
 from reporting.markdown import DETAILS
-from reporting.sections import REPORT_ONLY, blocks, details
+from reporting.sections import blocks, details
 
 
 def read_folder(folder):
@@ -50,35 +50,30 @@ def load_results(results):
     if not models:
         raise SystemExit(f"{results}: expected results of at least one model, found none; run ./run.sh")
     trained = [read_json(path, "run train_classifier.py again") for path in sorted(results.glob("*/*/training.json"))]
-    trainings = {record["weights_sha256"]: record for record in trained if record.get("weights_sha256")}
+    trainings = {r["weights_sha256"]: r for r in trained if r.get("weights_sha256")}
     slugs = [m["slug"] for m in models]
     for m in models:
         weights = "" if m["card"]["weights"] == "real" else f" ({m['card']['weights'].split(',')[0]} weights)"
         machine = f" on {m['machine']}" if slugs.count(m["slug"]) > 1 else ""
-        m |= {"title": f"{m['card']['name']}{weights}{machine}", "training": None}
-        if m["verdicts"]:
-            m["training"] = trainings.get(m["verdicts"]["model"].get("weights_sha256"))
+        m["title"] = f"{m['card']['name']}{weights}{machine}"
+        m["training"] = trainings.get(m["card"].get("weights_sha256"))
     return sorted(models, key=lambda m: m["card"]["weights"] != "real")
 
 
 def fill_blocks(path, texts):
-    """Content of a Markdown file with its marked blocks replaced; exits on a missing end or an unknown name."""
+    """Content of a Markdown file with its marked blocks replaced; exits on a missing or an unknown marker."""
+    content = path.read_text(encoding="utf-8")
+    begins, ends = (re.findall(rf"<!-- {word} (\w+) -->", content) for word in ("begin", "end"))
+    needed = texts.keys() - {"summary"} if path == ROOT / "report.md" else {}  # the summary is README's alone
+    if not begins or begins != ends or not set(needed) <= set(begins) <= set(texts):
+        raise SystemExit(
+            f"{path}: expected pairs of <!-- begin NAME --> and <!-- end NAME --> with the names {', '.join(texts)}, "
+            f"found {begins} and {ends}; restore the markers"
+        )
 
     def replace(match):
-        name = match[1]
-        if name not in texts:
-            raise SystemExit(f"{path}: expected a block of {', '.join(texts)}, found {name}; correct the marker")
-        return f"<!-- begin {name} -->\n\n{texts[name]}\n\n<!-- end {name} -->"
+        return f"<!-- begin {match[1]} -->\n\n{texts[match[1]]}\n\n<!-- end {match[1]} -->"
 
-    content = path.read_text(encoding="utf-8")
-    begins = re.findall(r"<!-- begin (\w+) -->", content)
-    ends = re.findall(r"<!-- end (\w+) -->", content)
-    lost = [name for name in REPORT_ONLY if path == ROOT / "report.md" and name not in begins]
-    if not begins or begins != ends or lost:
-        raise SystemExit(
-            f"{path}: expected pairs of <!-- begin NAME --> and <!-- end NAME -->, found {begins} and {ends}"
-            f"{' without ' + ', '.join(lost) if lost else ''}; restore the markers"
-        )
     return re.sub(r"<!-- begin (\w+) -->.*?<!-- end \1 -->", replace, content, flags=re.DOTALL)
 
 
@@ -98,19 +93,18 @@ def main():
 
     models = load_results(args.results)
     texts = blocks(models)
-    pictures = [(m, name) for m in models for name, (kind, _, _) in PICTURES.items() if m[kind]]
-    pictures = [(m, name) for m, name in pictures if not picture_is_current(m, name)]
+    pictures = {m["folder"] / f"{kind}.png": (m, kind) for m in models for kind in PICTURES if m[kind]}
+    pictures = {path: of for path, of in pictures.items() if not picture_is_current(*of, path)}
     contents = {m["folder"] / DETAILS: details(m) for m in models}
     contents |= {path: fill_blocks(path, texts) for path in args.report}
     contents = {p: text for p, text in contents.items() if not p.exists() or p.read_text(encoding="utf-8") != text}
-    stale = [*(m["folder"] / name for m, name in pictures), *contents]
-    if args.check and stale:
+    if args.check and (pictures or contents):
         raise SystemExit(
             f"expected texts and pictures made from {args.results} by this code, found others in "
-            f"{', '.join(map(str, stale))}; run ./report.py"
+            f"{', '.join(map(str, [*pictures, *contents]))}; run ./report.py"
         )
-    for model, name in pictures:
-        save_picture(model, name)
+    for path, of in pictures.items():
+        save_picture(*of, path)
     for path, content in contents.items():
         with replace_when_done(path) as temporary:
             temporary.write_text(content, encoding="utf-8")

@@ -4,12 +4,12 @@ import re
 from itertools import product
 
 from core.tables import PRECISIONS, model_key
-from reporting.markdown import NOT_MEASURED, caption, columns, fold, listing, number, on_gpu, table
+from reporting.markdown import NOT_MEASURED, caption, listing, number, on_gpu, table
 from reporting.speed import levels
 
 BATCHES = ("1", "8")  # keys of complexity.json
-SHOWN = ("FP32", "FP16")  # precisions of the table of intensities: half the bytes, twice the intensity
-NO_PRECISION = "no such precision"
+SHOWN = tuple(product(("FP32", "FP16"), BATCHES))  # what the table of intensities shows
+TIMES = {"all from memory": "memory_s", "to move its bytes": "move_s", "a call on nothing": "overhead_s"}
 
 
 def precisions_of(record):
@@ -20,20 +20,25 @@ def precisions_of(record):
 def summary(model):
     """The section in the report: totals, the two lists, threshold batches, least latencies."""
     record = model["complexity"]
-    if not record:
-        return [f"Complexity: {NOT_MEASURED}."]
-    measured = [agreement_line(record["measured"])] if record["measured"] else [f"Times of the layers: {NOT_MEASURED}."]
-    sections = (totals_line, gpu_line, bound_lists, threshold_table)
-    return [*(section(record) for section in sections), latency_table(model), *measured]
+    gpu, measured = record["gpu"]["name"], record["measured"]
+    return [
+        totals_line(record),
+        gpu_line(record),
+        bound_lists(record),
+        f"The batch from which on arithmetic is the bound on {gpu}, rounded up, and as solved:",
+        threshold_table(record),
+        f"The least latency on {gpu} in µs, by arithmetic and memory alone:",
+        latency_table(model),
+        agreement_line(measured) if measured else f"Times of the layers: {NOT_MEASURED}.",
+    ]
 
 
 def details(model):
     """What is left for the tables of one model."""
     record = model["complexity"]
-    if not record:
-        return []
-    parts = [counters_line(record), kinds_table(record), gpu_table(record), fusion_table(record)]
-    return parts + (measured_parts(record) if record["measured"] else [])
+    lead = "Each kind of layer; several names in one row have the same figures each:"
+    parts = [counters_line(record), lead, kinds_table(record)]
+    return parts + (measured_parts(record["measured"]) if record["measured"] else [])
 
 
 def totals_line(record):
@@ -72,80 +77,43 @@ def gpu_line(record):
 
 def kinds_table(record):
     """A row per kind of layer, alike ones together."""
-    spec = {
-        "layer": lambda k: k["kind"],
-        "count": lambda k: k["calls"],
-        "MFLOPs, batch 1": lambda k: f"{k['flops'] / 1e6:.2f}",
-        "share": lambda k: f"{k['share']:.2%}",
-    }
-    for what, unit, scale, form in (("bytes", "MB", 1e6, ".2f"), ("intensity", "FLOP/byte", 1, ".4g")):
-        for p, b in product(SHOWN, BATCHES):
-            key = f"{unit} {p}, batch {b}"
-            spec[key] = lambda k, p=p, b=b, w=what, s=scale, f=form: format(k["precisions"][p][w][b] / s, f)
-    return (
-        f"Each kind of layer; several names in one row have the same figures each:\n\n{columns(record['kinds'], spec)}"
+    return table(
+        {
+            "layer": k["kind"],
+            "count": k["calls"],
+            "MFLOPs, batch 1": f"{k['flops'] / 1e6:.2f}",
+            "share": f"{k['share']:.2%}",
+            **{f"MB {p}, batch {b}": f"{k['precisions'][p]['bytes'][b] / 1e6:.2f}" for p, b in SHOWN},
+            **{f"FLOP/byte {p}, batch {b}": f"{k['precisions'][p]['intensity'][b]:.4g}" for p, b in SHOWN},
+        }
+        for k in record["kinds"]
     )
 
 
 def bound_lists(record):
     """Which layers arithmetic bounds, and which memory, at each precision and batch."""
     rows = []
-    for precision in precisions_of(record):
-        for batch in BATCHES:
-            lists = {"arithmetic": [], "memory": [], None: []}  # None: no peak for its products
-            for kind in record["kinds"]:
-                lists[kind["precisions"][precision]["bound"][batch]].append(kind["kind"])
-            rows.append(
-                [f"{precision} batch {batch}", *(", ".join(lists[b]) or "none" for b in ("arithmetic", "memory"))]
-            )
-    return table(["precision and batch", "bound by arithmetic", "bound by memory"], fold(rows))
+    for p, b in product(precisions_of(record), BATCHES):
+        bounds = {k["kind"]: k["precisions"][p]["bound"][b] for k in record["kinds"]}
+        lists = {w: ", ".join(k for k in bounds if bounds[k] == w) or "none" for w in ("arithmetic", "memory")}
+        rows.append({"precision and batch": f"{p} batch {b}"} | {f"bound by {w}": text for w, text in lists.items()})
+    return table(rows)
 
 
 def threshold_cell(found, practical):
     """Batch rounded up and as solved, or never."""
-    if found is None:
-        return NO_PRECISION
-    if found["verdict"] != "from":
-        return found["verdict"]
+    if found is None or found["verdict"] != "from":
+        return found["verdict"] if found else "no such precision"
     return f"{found['batch']} ({found['batch_real']:.2f}{', not in practice' if found['batch'] > practical else ''})"
 
 
 def threshold_table(record):
     """Threshold batch of every kind of layer in every precision."""
     precisions, practical = precisions_of(record), record["practical_batch"]
-    rows = [
-        [k["kind"], *(threshold_cell(k["precisions"][p]["threshold"], practical) for p in precisions)]
+    return table(
+        {"layer": k["kind"]} | {p: threshold_cell(k["precisions"][p]["threshold"], practical) for p in precisions}
         for k in record["kinds"]
-    ]
-    lead = f"The batch from which on arithmetic is the bound on {record['gpu']['name']}, rounded up, and as solved:"
-    return f"{lead}\n\n{table(['layer', *precisions], fold(rows))}"
-
-
-def gpu_table(record):
-    """Threshold batch of FFN 1 and of the output projection on every GPU."""
-    precisions = list(next(iter(record["thresholds_by_gpu"].values())))
-    shown = [k for k in ("FFN 1", "output projection") if any(kind["kind"] == k for kind in record["kinds"])]
-    rows = []
-    for gpu, found in record["thresholds_by_gpu"].items():
-        batches = ([found[p][k] for k in shown] if found[p] else [] for p in precisions)
-        cells = (" / ".join("never" if b is None else str(b) for b in row) or NO_PRECISION for row in batches)
-        rows.append([gpu, *cells])
-    lead = f"The same threshold on other GPUs, {' / '.join(shown)}:"
-    return f"{lead}\n\n{table(['GPU', *precisions], fold(rows))}"
-
-
-def fusion_table(record):
-    """Intensity of fused chains beside that of their members apart."""
-    header = ["chain", *(f"{p}, batch {b}: apart → fused" for p in SHOWN for b in BATCHES)]
-    rows = []
-    for row in record["fusion"]:
-        cells = []
-        for p, b in product(SHOWN, BATCHES):
-            found, ridge = row["precisions"][p], record["gpu"]["ridge_points"][p]
-            bound = NO_PRECISION if not ridge else "arithmetic" if found["fused"][b] >= ridge else "memory"
-            cells.append(f"{found['apart'][b]:.3g} → {found['fused'][b]:.3g}: {bound}")
-        rows.append([" + ".join(row["chain"]), *cells])
-    return f"What fusion changes, in FLOP/byte, and what then bounds the chain:\n\n{table(header, rows)}"
+    )
 
 
 def least_us(record, precision, batch, how="fused"):
@@ -155,66 +123,65 @@ def least_us(record, precision, batch, how="fused"):
 
 
 def latency_table(model):
-    """Least latency per precision, fused and not, beside a plan's measured one."""
-    record = model["complexity"]
-    rows = []
-    for p in precisions_of(record):
-        cells = [number(least_us(record, p, b, how), ".0f") for b in BATCHES for how in ("apart", "fused")]
-        rows.append([p, *cells, *(number(plan_us(model["perf"], record["gpu"], p, b), ".0f") for b in BATCHES)])
-    header = ["precision", *(f"batch {b}: {how}" for b in BATCHES for how in ("layer by layer", "chains fused"))]
-    header += [f"batch {b}: measured p50 of the plan" for b in BATCHES]
-    lead = f"The least latency on {record['gpu']['name']} in µs, by arithmetic and memory alone:"
-    return f"{lead}\n\n{table(header, rows)}"
+    """Least latency per precision, fused and not, beside a plan's measured p50."""
+    record, hows = model["complexity"], {"layer by layer": "apart", "chains fused": "fused"}
+    return table(
+        {
+            "precision": p,
+            **{
+                f"batch {b}: {name}": number(least_us(record, p, b, hows[name]), ".0f")
+                for b in BATCHES
+                for name in hows
+            },
+            **{f"batch {b}: measured": measured_latency(model["perf"], record["gpu"], p, b) for b in BATCHES},
+        }
+        for p in precisions_of(record)
+    )
 
 
-def plan_us(perf, gpu, precision, batch):
+def measured_latency(perf, gpu, precision, batch):
     """p50 of the plan at concurrency 1 in µs, if TensorRT executed it on that GPU at that batch."""
     if not perf or not on_gpu(perf) or not PRECISIONS[precision].served or str(perf["settings"]["batch_size"]) != batch:
-        return None
+        return NOT_MEASURED
     row, name = levels(perf).get((model_key(precision), 1)), (perf["environment"]["gpu"] or {}).get("name", "")
     known = gpu["pattern"] and re.search(gpu["pattern"], name, re.IGNORECASE)
-    return row["latency_p50_ms"] * 1e3 if row and known else None
+    return f"{row['latency_p50_ms'] * 1e3:.0f}" if row and known else NOT_MEASURED
 
 
-def measured_parts(record):
+def measured_parts(measured):
     """The layers' own times on the machine that measured them."""
-    m = record["measured"]
-    machine, (precision, peak) = m["machine"], next(iter(m["machine"]["peak_flops"].items()))
+    m, machine = measured, measured["machine"]
+    precision, peak = next(iter(machine["peak_flops"].items()))
+    whole = "; ".join(
+        f"At batch {r['batch']} the whole model takes {r['seconds'] * 1e3:.2f} ms, the sum of its layers is "
+        f"{r['sum_of_layers_s'] * 1e3:.2f} ms, and the roofline allows {r['least_s'] * 1e3:.2f} ms"
+        for r in m["models"]
+    )
     lead = (
         f"**Measured** on {caption(m)}; {m['device'].upper()}, {m['threads']} threads, {m['library']}. A GEMM in {precision} reaches "
         f"{peak / 1e9:.0f} GFLOP/s, a triad {machine['bandwidth'] / 1e9:.1f} GB/s: the ridge point is "
-        f"{peak / machine['bandwidth']:.1f} FLOP/byte. The last cache has {m['cache_bytes'] / 2**20:.0f} MiB."
+        f"{peak / machine['bandwidth']:.1f} FLOP/byte. {whole}. The last cache has {m['cache_bytes'] / 2**20:.0f} MiB."
     )
-    spec = {"layer": lambda r: r["kind"], "batch": lambda r: r["batch"]}
-    for heading, key in (
-        ("all in cache", "warm_s"), ("weights from memory", "cold_s"), ("all from memory", "memory_s"),
-        ("to move its bytes", "move_s"), ("a call on nothing", "overhead_s"),
-    ):  # fmt: skip
-        spec[f"µs, {heading}"] = lambda r, key=key: f"{r[key] * 1e6:.1f}" if r.get(key) else ""
-    spec |= {
-        "GFLOP/s": lambda r: f"{r['achieved_flops'] / 1e9:.1f}",
-        "share of the roofline": lambda r: f"{r['roofline_share']:.0%}",
-        "predicted bound": lambda r: r["predicted"],
-        "measured bound": lambda r: r["measured"],
-    }
-    sums = {"batch": lambda r: r["batch"]}
-    for heading, key in (("whole model", "seconds"), ("sum of its layers", "sum_of_layers_s"), ("roofline", "least_s")):
-        sums[f"{heading}, ms"] = lambda r, key=key: f"{r[key] * 1e3:.2f}"
-    return [lead, columns(m["layers"], spec), columns(m["models"], sums)]
+    layers = (
+        {
+            "layer": r["kind"],
+            "batch": r["batch"],
+            **{f"µs, {name}": f"{r[key] * 1e6:.1f}" if r.get(key) else "" for name, key in TIMES.items()},
+            "GFLOP/s": f"{r['achieved_flops'] / 1e9:.1f}",
+            "share of the roofline": f"{r['roofline_share']:.0%}",
+            "predicted bound": r["predicted"],
+            "measured bound": r["measured"],
+        }
+        for r in m["layers"]
+    )
+    return [lead, table(layers)]
 
 
 def agreement_line(measured):
     """In how many layers prediction and measurement agree, and where they do not."""
     rows = measured["layers"]
-    lost = {}
-    for r in rows:
-        if not r["agree"]:
-            lost.setdefault((r["predicted"], r["measured"]), []).append(f"{r['kind']} at batch {r['batch']}")
-    text = (
-        f"Each kind of layer was also timed ({measured['device'].upper()}; {caption(measured)}). The roofline of that machine predicts the bound "
-        f"that was measured in {sum(r['agree'] for r in rows)} of {len(rows)} cases."
-    )
-    return text + "".join(
-        f" It predicts {predicted} but {found} was measured for {listing(names)}."
-        for (predicted, found), names in lost.items()
+    lost = [f"{r['kind']} at batch {r['batch']} ({r['measured']})" for r in rows if not r["agree"]]
+    return (
+        f"Each kind of layer was also timed ({measured['device'].upper()}; {caption(measured)}). The roofline of that machine predicts "
+        f"the bound that was measured in {len(rows) - len(lost)} of {len(rows)} cases. The others, with the measured bound: {listing(lost)}."
     )

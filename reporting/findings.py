@@ -7,7 +7,7 @@ from reporting.quality import EMULATED, averages, deviation
 from reporting.speed import levels, noise_factor, noise_line, tail
 from reporting.verdicts import deployable
 
-REGISTRIES = {"clearml": "ClearML", "wandb": "Weights & Biases", "mlflow": "MLflow"}  # prefixes of --model
+HUBS = {"hub": "the Hugging Face hub", "clearml": "ClearML", "wandb": "Weights & Biases", "mlflow": "MLflow"}
 KINDS = ("quality", "perf", "plans", "compile", "complexity", "sensitivity", "sts", "verdicts")
 
 
@@ -16,15 +16,9 @@ def model_of_record(models):
 
     def rank(model):
         perf, card = model["perf"], model["card"]
-        measured = [bool(model[kind]) for kind in ("perf", "quality", "complexity")]
-        date = max((model[kind]["environment"]["utc"] for kind in KINDS if model[kind]), default="")
-        return (
-            card["name"] == md.OF_RECORD,
-            card["weights"] == "real",
-            bool(perf and md.on_gpu(perf)),
-            *measured,
-            date,
-        )
+        dates = [model[kind]["environment"]["utc"] for kind in KINDS if model[kind]]
+        on_gpu = bool(perf and md.on_gpu(perf))
+        return (card["name"] == md.OF_RECORD, card["weights"] == "real", on_gpu, len(dates), max(dates))
 
     return max(filter(md.is_encoder, models), key=rank, default=None)
 
@@ -54,35 +48,25 @@ def executed(models):
     records = [model[kind] for model in models for kind in KINDS if model[kind]]
     servers = [r["server"] for r in records if r.get("server")]
     engines = sorted({e for s in servers for e in s.get("engines", {}).values()})
-    machines = sorted({md.machine_of(r["environment"]) for r in records})
     versions = sorted({s["version"] for s in servers})
-    origins = dict.fromkeys(
-        f"{m['card']['name']} (weights: {m['card']['weights']}; source: {m['card']['source']})" for m in models
-    )
-    never = never_executed(models, records, engines, versions)
-    return (
-        f"**What the authors executed.** Everything was measured on this machine: {'; '.join(machines)}. What executed the models "
-        f"was {md.listing(engines)}{f', behind a Triton server of version {md.listing(versions)}' if versions else ''}. The models "
-        f"are {md.listing(origins)}.\n\n**What the authors never executed:** {md.listing(never)}."
-    )
-
-
-def never_executed(models, records, engines, versions):
-    """What no record shows."""
-    sources = [m["card"]["source"] for m in models]
-    sources += [m["training"]["encoder"]["source"] for m in models if m["training"]]
-    in_docker = set(versions) & TRITON_TENSORRT.keys() or any("--docker" in r["environment"]["argv"] for r in records)
-    own = any(m["card"]["name"] == md.OF_RECORD and m["card"]["weights"] == "real" for m in models)
-    on_a_gpu = any("GPU" in engine for engine in engines)
+    cards = [m["card"] for m in models]
+    origins = dict.fromkeys(f"{c['name']} (weights: {c['weights']}; source: {c['source']})" for c in cards)
+    sources = {c["source"] for c in cards} | {m["training"]["encoder"]["source"] for m in models if m["training"]}
+    own = any(c["name"] == md.OF_RECORD and c["weights"] == "real" for c in cards)
     facts = {
-        "anything on a GPU": on_a_gpu or any(r["environment"]["gpu"] for r in records),
+        "anything on a GPU": any(r["environment"]["gpu"] for r in records) or any("GPU" in e for e in engines),
         "TensorRT plans": any(m["plans"] for m in models) or any(e.startswith("TensorRT") for e in engines),
-        "Docker and the pinned image": in_docker,
-        "a download from the Hugging Face hub": any(s.startswith("hub:") for s in sources),
+        "Docker and the pinned image": set(versions) & TRITON_TENSORRT.keys()
+        or any("--docker" in r["environment"]["argv"] for r in records),
         f"{md.OF_RECORD} with its own weights": own,
+        **{f"a download from {name}": any(s.startswith(f"{p}:") for s in sources) for p, name in HUBS.items()},
     }
-    facts |= {f"a download from {name}": any(s.startswith(f"{p}:") for s in sources) for p, name in REGISTRIES.items()}
-    return [what for what, found in facts.items() if not found]
+    return [
+        f"**What the authors executed.** The models are {md.listing(origins)}. What executed them was {md.listing(engines)}"
+        f"{f', behind a Triton server of version {md.listing(versions)}' if versions else ''}. Everything was measured on "
+        f"{md.listing(sorted({md.machine_of(r['environment']) for r in records}))}.",
+        f"**What the authors never executed:** {md.listing(what for what, found in facts.items() if not found)}.",
+    ]
 
 
 # --- findings ------------------------------------------------------------------------
@@ -106,15 +90,12 @@ def find_deviation(models, plans):
     """The relative L2 error of some plans for every encoder, and how much of INT8's is in INT8."""
     said = []
     for m in filter(md.is_encoder, models):
-        errors = [
-            f"{md.percent(deviation(m, p))} in {p.removeprefix('TRT_')}" for p in plans if deviation(m, p) is not None
-        ]
-        if errors and plans[0] == "TRT_INT8" and m["sensitivity"]:
-            errors[-1] += (
-                f", with {m['sensitivity']['int8_flops_share'] or 0:.1%} of the FLOPs of its weight MatMuls in INT8"
-            )
-        if errors:
-            said.append(f"For {m['title']}, the relative L2 error of the embeddings is {md.listing(errors)}.")
+        found = {p.removeprefix("TRT_"): deviation(m, p) for p in plans}
+        errors = md.listing(f"{md.percent(e)} in {p}" for p, e in found.items() if e is not None)
+        share = (m["sensitivity"] or {}).get("int8_flops_share") if "INT8" in found else None
+        inside = f", with {share:.1%} of the FLOPs of its weight MatMuls in INT8" if share else ""
+        if errors != "none":
+            said.append(f"For {m['title']}, the relative L2 error of the embeddings is {errors}{inside}.")
     return " ".join(said)
 
 
@@ -153,8 +134,8 @@ def find_bounds(model):
         f"A text of {record['length']} tokens costs {model['title']} {record['totals']['flops'] / 1e9:.1f} GFLOPs. On {gpu}, by its "
         f"data sheet, arithmetic bounds {largest['kind']} ({largest['share']:.0%} of the FLOPs) from this batch on: {', '.join(batches)}."
     )
-    least = {p: least_us(record, p, "8") for p in ("FP16", "INT8", "BEST") if p in record["least_latency_s"]}
-    if len(least) < 3 or None in least.values():
+    least = {p: least_us(record, p, "8") for p in ("FP16", "INT8", "BEST")}
+    if None in least.values():
         return text
     text += f" The least latency at batch 8 is {md.listing(f'{us:.0f} µs in {p}' for p, us in least.items())}."
     if least["BEST"] < least["INT8"]:
@@ -166,8 +147,7 @@ def find_bounds(model):
 def find_deployable(models):
     parts = []
     for model in (m for m in models if m["verdicts"]):
-        record = model["verdicts"]
-        passed, failed = deployable(record)
+        record, (passed, failed) = model["verdicts"], deployable(model["verdicts"])
         parts.append(
             f"For {model['title']}, agreement with the original model in torch is shown to be above {record['conclusion']['agreement']:.1%} "
             f"on {record['data']['count']} texts for {md.listing(passed)}; it is not shown for {md.listing(failed)}."
@@ -182,33 +162,38 @@ def engine_of(model, key):
     """What executed an embedder; both where quality and speed were measured on different engines."""
     if key == EMULATED:
         return "ONNX Runtime, CPU"
-    measured = {kind: model[kind]["server"]["engines"] for kind in ("quality", "perf") if model[kind]}
-    engines = {kind: found.get(key, md.NOT_MEASURED) for kind, found in measured.items()}
+    measured = [kind for kind in ("quality", "perf") if model[kind]]
+    engines = {kind: model[kind]["server"]["engines"].get(key, md.NOT_MEASURED) for kind in measured}
     if len(set(engines.values())) > 1:
         return "; ".join(f"{kind}: {engine}" for kind, engine in engines.items())
     return next(iter(engines.values()), md.NOT_MEASURED)
 
 
-def result_row(model, key, low, high):
+def result_row(model, key, high):
     """One embedder: engine, quality, speed alone and under load."""
     row, found = averages(model).get(key, {}), levels(model["perf"])
-    quality = [md.percent(row.get("relative_l2_error")), md.number(row.get("mean_cosine"), ".5f")]
-    quality = [row["error"]] * 2 if "error" in row else ["reference"] * 2 if key == REFERENCE else quality
-    speeds = [md.number(found.get((key, c), {}).get("throughput_infer_per_s"), ".1f") for c in (low, high)]
+    error = row.get("error") or md.percent(row.get("relative_l2_error"))
+    cells = {
+        "embedder": key,
+        "executed by": engine_of(model, key),
+        "relative L2 error": "reference" if key == REFERENCE else error,
+        "mean cosine": "reference" if key == REFERENCE else md.number(row.get("mean_cosine"), ".5f"),
+    }
+    if key == EMULATED:  # no server has it
+        return cells
+    for c in (1, high):
+        cells[f"infer/s, concurrency {c}"] = md.number(found.get((key, c), {}).get("throughput_infer_per_s"), ".1f")
     level = found.get((key, high))
-    latency = [f"{level['latency_p50_ms']:.1f} / {tail(level)}", level["n"]] if level else [md.NOT_MEASURED, ""]
-    return [key, engine_of(model, key), *quality, *(["not served"] * 3 + [""] if key == EMULATED else speeds + latency)]
+    latency = f"{level['latency_p50_ms']:.1f} / {tail(level)}" if level else md.NOT_MEASURED
+    return cells | {f"p50 / p99 ms, concurrency {high}": latency, "n": level["n"] if level else ""}
 
 
 def result_table(model):
     """The table of one encoder."""
-    low, high = 1, (model["perf"] and common_concurrency(model["perf"])) or 8
+    high = (model["perf"] and common_concurrency(model["perf"])) or 8
     keys = [*EMBEDDERS, EMULATED] if EMULATED in averages(model) else EMBEDDERS
-    header = ["embedder", "executed by", "relative L2 error", "mean cosine"]
-    header += [f"infer/s, concurrency {low}", f"infer/s, concurrency {high}", f"p50 / p99 ms, concurrency {high}", "n"]
     captions = dict.fromkeys(md.caption(model[kind]) for kind in ("quality", "perf") if model[kind])
-    rows = [result_row(model, key, low, high) for key in keys]
-    return [f"**{model['title']}**. {' | '.join(captions)}.", md.table(header, rows)]
+    return [f"**{model['title']}**. {' | '.join(captions)}.", md.table(result_row(model, key, high) for key in keys)]
 
 
 def results(models):
@@ -228,14 +213,3 @@ def summary(models):
     others = [m["title"] for m in models if m is not record]
     rest = f"[report.md](report.md) has the findings{f', and also {md.listing(others)}' if others else ''}."
     return [*(result_table(record) if record else [record_line(record)]), rest]
-
-
-def environments(models):
-    """Machine and versions of every measurement, a row for those that are alike."""
-    rows = []
-    for model in models:
-        for kind in (k for k in KINDS if model[k]):
-            e = model[kind]["environment"]
-            packages = ", ".join(f"{name} {version}" for name, version in e["packages"].items() if version)
-            rows.append([f"{kind} of {model['title']}", md.machine_of(e), e["os"], f"Python {e['python']}, {packages}"])
-    return md.table(["measurement", "machine", "system", "versions"], md.fold(rows))

@@ -11,29 +11,22 @@ OF_RECORD = "distilbert-base-uncased"
 DETAILS = "tables.md"
 
 
-def table(header, rows):
-    """Markdown table; the first column is left aligned, the others right aligned."""
-    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" + " ---: |" * (len(header) - 1)]
-    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
-
-
-def columns(rows, spec):
-    """Markdown table of {heading: what a row's cell is}; rows that differ only in their first cell are one."""
-    return table(spec, fold([[cell(row) for cell in spec.values()] for row in rows]))
-
-
-def fold(rows):
-    """Rows that differ only in their first cell as one row: Q, K, V."""
-    groups = {}
-    for first, *rest in rows:
+def table(rows):
+    """Markdown table of rows {heading: cell}; those that differ only in their first cell are one row: Q, K, V."""
+    rows, groups = list(rows), {}
+    headings = list(dict.fromkeys(heading for row in rows for heading in row))
+    for row in rows:
+        first, *rest = (str(row.get(heading, "")) for heading in headings)
         groups.setdefault(tuple(rest), []).append(first)
-    return [[", ".join(map(str, names)), *rest] for rest, names in groups.items()]
+    lines = [headings, ["---", *["---:"] * (len(headings) - 1)]]
+    lines += [[", ".join(names), *rest] for rest, names in groups.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) if rows else f"{NOT_MEASURED.capitalize()}."
 
 
-def listing(items, last="and"):
+def listing(items):
     """a, b and c; none"""
     *rest, end = map(str, items) if (items := list(items)) else ["none"]
-    return f"{', '.join(rest)} {last} {end}" if rest else end
+    return f"{', '.join(rest)} and {end}" if rest else end
 
 
 def number(value, form):

@@ -8,108 +8,174 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 from PIL import Image
 
 from core.files import replace_when_done
 from core.tables import MODELS, PRECISIONS, REFERENCE, REFERENCE_LINE, REFERENCE_MARKER
-from reporting.pictures_model import draw_roofline, draw_sensitivity
-from reporting.pictures_verdicts import draw_verdicts
-from reporting.speed import levels
+from reporting.speed import FIGURES, levels
 
 # readable in black and white
 STYLES = {key: (PRECISIONS[model.precision].line, PRECISIONS[model.precision].marker) for key, model in MODELS.items()}
 STYLES[REFERENCE] = (REFERENCE_LINE, REFERENCE_MARKER)
+SETTINGS = {
+    "axes.grid": True, "axes.grid.which": "both", "grid.alpha": 0.25, "legend.fontsize": 7,
+    "axes.titlesize": 9, "figure.titlesize": 10, "lines.markersize": 5, "figure.constrained_layout.use": True, "savefig.dpi": 120,
+}  # fmt: skip
+
+
+def read_rows(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def draw_deviations(model):
     """Empirical distribution of the relative L2 error over texts, one line per plan."""
     errors = {}
-    with open(model["folder"] / "quality.csv", newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            if row["relative_l2_error"]:
-                errors.setdefault(row["plan"], []).append(float(row["relative_l2_error"]))
-    figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
+    for row in read_rows(model["folder"] / "quality.csv"):
+        if row["relative_l2_error"]:
+            errors.setdefault(row["plan"], []).append(float(row["relative_l2_error"]))
+    figure, axes = plt.subplots(figsize=(7.5, 4))
     for plan, values in errors.items():
         values.sort()
-        exact = sum(v == 0 for v in values)
+        exact = values.count(0)  # a logarithmic axis has no place for them
         label = f"{plan}: exact for {exact} of {len(values)} texts" if exact else plan
-        shares = [(exact + i + 1) / len(values) for i in range(len(values) - exact)]
+        shares = np.arange(exact + 1, len(values) + 1) / len(values)
         line = STYLES.get(plan, ("-",))[0]
         axes.step(values[exact:], shares, linestyle=line, where="post", linewidth=2.2, label=label)
-    axes.set_xscale("log")
-    axes.set(
-        xlabel="relative L2 error of a text's output to the ONNX reference", ylabel="share of texts", ylim=(0, 1.02)
-    )
-    axes.set_title(f"{model['title']}: deviation per text", fontsize=10)
-    axes.grid(which="both", alpha=0.25)
-    axes.legend(fontsize=8)
+    axes.set(xlabel="relative L2 error of a text's output to the ONNX reference", xscale="log")
+    axes.set(ylabel="share of texts", ylim=(0, 1.02), title=f"{model['title']}: deviation per text")
+    axes.legend()
     return figure
 
 
 def draw_performance(model):
     """Throughput with the span of its rounds, p50 and p99, each against concurrency."""
     perf, found = model["perf"], levels(model["perf"])
-    figure, panels = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
-    for key, (line, marker) in STYLES.items():
-        rows = [found[m, c] for m, c in sorted(found) if m == key]
-        style = {"linestyle": line, "marker": marker, "markersize": 5, "label": key, "capsize": 3}
-        speeds = [r["throughput_infer_per_s"] for r in rows]
-        span = [
-            [s - r["throughput_min_infer_per_s"] for s, r in zip(speeds, rows, strict=True)],
-            [r["throughput_max_infer_per_s"] - s for s, r in zip(speeds, rows, strict=True)],
-        ]
-        series = [(rows, speeds, span)]
-        for percentile in ("latency_p50_ms", "latency_p99_ms"):
-            known = [r for r in rows if r[percentile] is not None]
-            series.append((known, [r[percentile] for r in known], None))
-        for axes, (shown, values, bars) in zip(panels, series, strict=True):
-            if shown:
-                axes.errorbar([r["concurrency"] for r in shown], values, yerr=bars, **style)
-    labels = ("throughput, infer/s", "latency p50, ms", "latency p99, ms")
-    for axes, label in zip(panels, labels, strict=True):
+    figure, panels = plt.subplots(1, 3, figsize=(13, 4.2))
+    labels = ("throughput, infer/s (bars: slowest and fastest round)", "latency p50, ms", "latency p99, ms")
+    for axes, key, label in zip(panels, FIGURES.values(), labels, strict=True):
+        for name, (line, marker) in STYLES.items():
+            rows = [found[m, c] for m, c in sorted(found) if m == name and found[m, c][key] is not None]
+            if key == FIGURES["throughput"]:
+                ends = [[r[f"throughput_{end}_infer_per_s"] for r in rows] for end in ("min", "max")]
+                axes.vlines([r["concurrency"] for r in rows], *ends, color="0.4")
+            axes.plot(
+                [r["concurrency"] for r in rows],
+                [r[key] for r in rows],
+                linestyle=line,
+                marker=marker,
+                label=name if rows else f"{name}: n too small",
+            )
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set(xlabel="concurrency", ylabel=label, ylim=(0, None))
-        axes.grid(which="both", alpha=0.25)
-        if axes.containers:
-            axes.legend(fontsize=7)
-        else:
-            axes.text(0.5, 0.5, "n too small", ha="center", transform=axes.transAxes)
-    panels[0].set_title("bars: slowest and fastest round", fontsize=9)
+        axes.legend()
     engines = ", ".join(dict.fromkeys(perf["server"]["engines"].values()))
-    figure.suptitle(f"{model['title']}; executed by {engines}; {perf['environment']['cpu']}", fontsize=10)
+    figure.suptitle(f"{model['title']}; executed by {engines}; {perf['environment']['cpu']}")
     return figure
 
 
-# picture -> (what it shows, how it is drawn, the file its data is in)
+def draw_roofline(model):
+    """The roofs of a GPU, and every kind of layer at batch 1 (hollow) and 8 (filled)."""
+    record = model["complexity"]
+    peaks, bandwidth = record["gpu"]["peak_flops"], record["gpu"]["bandwidth"]
+    precision = next(p for p in ("FP16", "FP32", *peaks) if peaks.get(p))
+    figure, axes = plt.subplots(figsize=(7.5, 6))
+    for name, peak, line in (("matmuls", peaks[precision], "-"), ("all others, vector units", peaks["FP32"], "--")):
+        xs = np.array([0.05, peak / bandwidth, 3000])
+        axes.plot(xs, np.minimum(peak, xs * bandwidth) / 1e12, color="black", linestyle=line, label=f"roof of {name}")
+    groups = {}  # layers of the same intensities share a point
+    for kind in (k for k in record["kinds"] if k["flops"]):
+        intensity = kind["precisions"][precision]["intensity"]
+        key = (f"{intensity['1']:.3g}", f"{intensity['8']:.3g}", kind["matmul"])
+        groups.setdefault(key, []).append(kind)
+    for i, kinds in enumerate(groups.values()):
+        xs = np.array([kinds[0]["precisions"][precision]["intensity"][batch] for batch in ("1", "8")])
+        ys = np.minimum(peaks[precision] if kinds[0]["matmul"] else peaks["FP32"], xs * bandwidth) / 1e12
+        style = {"color": f"C{i % 10}", "marker": "os^Dv<>pP*X"[i % 11], "linestyle": ""}
+        axes.plot(xs[:1], ys[:1], markerfacecolor="none", **style)
+        axes.plot(xs[1:], ys[1:], label=", ".join(k["kind"] for k in kinds), **style)
+    axes.set(xlabel=f"intensity in {precision}, FLOP/byte", ylabel="attainable TFLOP/s", xscale="log", yscale="log")
+    axes.set(title="hollow: batch 1, filled: batch 8")
+    figure.legend(ncols=3, loc="outside lower center")
+    figure.suptitle(f"{model['title']}: {precision}, computed for {record['gpu']['name']} from its data sheet")
+    return figure
+
+
+def draw_sensitivity(model):
+    """Quality against the share of the FLOPs in INT8, with the targets and what was chosen."""
+    record = model["sensitivity"]
+    figure, axes = plt.subplots(figsize=(7.5, 4))
+    points = [p for p in record["curve"] if p["mean_cosine"] is not None]
+    shares, target = [100 * p["int8_flops_share"] for p in points], record["target"]
+    for name, style, values, limit in (
+        ("1 - mean cosine", "o-", [1 - p["mean_cosine"] for p in points], 1 - target["mean_cosine"]),
+        ("relative L2 error", "s--", [p["relative_l2_error"] for p in points], target["relative_l2_error"]),
+    ):
+        (line,) = axes.plot(shares, values, style, label=name)
+        axes.axhline(limit, color=line.get_color(), linestyle=":", label=f"target: {name} at most {limit:.3g}")
+    if record["int8_flops_share"]:
+        axes.axvline(100 * record["int8_flops_share"], color="gray", linewidth=0.8, label="chosen")
+    output = next(iter(record["model"]["outputs"]))
+    axes.set(xlabel="share of the weight-MatMul FLOPs in INT8, %", ylabel=f"deviation of {output}", yscale="log")
+    axes.set(title=f"{model['title']}: search for INT8")
+    axes.legend()
+    return figure
+
+
+def draw_verdicts(model):
+    """A scatter of logits against torch's per model; flipped verdicts are crosses."""
+    record, rows = model["verdicts"], read_rows(model["folder"] / "verdicts.csv")
+    threshold = record["threshold"]
+    labels = record["model"]["labels"] if threshold is None else [record["positive"]]
+    logits = {n: np.array([[float(row[f"{n} {label}"]) for label in labels] for row in rows]) for n in record["models"]}
+    reference = logits.pop("torch")
+    figure, panels = plt.subplots(1, len(logits), figsize=(3 * max(len(logits), 2), 3.4), squeeze=False)
+    for axes, (name, values) in zip(panels[0], logits.items(), strict=True):
+        ends = [reference.min(), reference.max()]
+        axes.plot(ends, ends, color="0.6", linewidth=1)
+        if threshold is None:
+            flipped = reference.argmax(axis=1) != values.argmax(axis=1)
+        else:
+            flipped = ((reference >= threshold) != (values >= threshold))[:, 0]
+            axes.axhline(threshold, color="0.4", linewidth=0.8, linestyle=":")
+            axes.axvline(threshold, color="0.4", linewidth=0.8, linestyle=":")
+        axes.scatter(reference[~flipped], values[~flipped], s=5, alpha=0.5, linewidths=0)
+        axes.scatter(reference[flipped], values[flipped], s=28, marker="x", color="black", label="other verdict")
+        axes.set(xlabel="logit, torch", ylabel=f"logit, {name}")
+        axes.legend()
+    figure.suptitle(f"{model['title']}: verdicts on {record['data']['count']} texts")
+    return figure
+
+
+# kind of measurement -> (how its picture is drawn, the file its data is in)
 PICTURES = {
-    "quality.png": ("quality", draw_deviations, "quality.csv"),
-    "perf.png": ("perf", draw_performance, "perf.json"),
-    "complexity.png": ("complexity", draw_roofline, "complexity.json"),
-    "sensitivity.png": ("sensitivity", draw_sensitivity, "sensitivity.json"),
-    "verdicts.png": ("verdicts", draw_verdicts, "verdicts.json"),  # which holds the digest of verdicts.csv
+    "quality": (draw_deviations, "quality.csv"),
+    "perf": (draw_performance, "perf.json"),
+    "complexity": (draw_roofline, "complexity.json"),
+    "sensitivity": (draw_sensitivity, "sensitivity.json"),
+    "verdicts": (draw_verdicts, "verdicts.json"),  # which holds the digest of verdicts.csv
 }
 
 
-def digest(model, name):
+def digest(model, kind):
     """SHA-256 of a picture's data and of the code that draws; it is written into the picture."""
-    code = sorted(Path(__file__).parent.glob("pictures*.py"))
-    content = [path.read_bytes() for path in (model["folder"] / PICTURES[name][2], *code)]
+    content = [path.read_bytes() for path in (model["folder"] / PICTURES[kind][1], Path(__file__))]
     return hashlib.sha256(b"\0".join([model["title"].encode(), *content])).hexdigest()
 
 
-def save_picture(model, name):
+def save_picture(model, kind, path):
     """Draw a picture and note in it what it was drawn from."""
-    figure = PICTURES[name][1](model)
-    with replace_when_done(model["folder"] / name) as temporary:
-        figure.savefig(temporary, dpi=120, format="png", metadata={"Description": digest(model, name)})
+    with plt.rc_context(SETTINGS), replace_when_done(path) as temporary:
+        figure = PICTURES[kind][0](model)
+        figure.savefig(temporary, format="png", metadata={"Description": digest(model, kind)})
     plt.close(figure)
 
 
-def picture_is_current(model, name):
+def picture_is_current(model, kind, path):
     """Whether a picture was drawn from the present data by the present code."""
-    path = model["folder"] / name
     if not path.exists():
         return False
     with Image.open(path) as image:
-        return image.info.get("Description") == digest(model, name)
+        return image.info.get("Description") == digest(model, kind)

@@ -1,16 +1,8 @@
 """Sections on what a precision does to the answers: deviations, sentence similarity, the search for INT8."""
 
-from reporting.markdown import NOT_MEASURED, caption, columns, listing, number, percent, table
+from reporting.markdown import caption, listing, number, percent, table
 
 EMULATED = "FP32 as TF32 (emulated)"
-DEVIATIONS = {  # heading -> key of an average, how it is written
-    "relative L2": ("relative_l2_error", percent),
-    "of the worst text": ("worst_relative_l2_error", percent),
-    "mean cosine": ("mean_cosine", "{:.6f}".format),
-    "max abs": ("max_abs_error", "{:.2e}".format),
-    "mean abs": ("mean_abs_error", "{:.2e}".format),
-    "argmax flips": ("argmax_flip_share", percent),
-}
 
 
 def averages(model):
@@ -27,33 +19,39 @@ def deviation(model, plan):
 
 def deviations(model):
     """What the plans' outputs differ by, averages over texts."""
-    quality = model["quality"]
-    if not quality:
-        return [f"Deviations: {NOT_MEASURED}."]
-    rows = []
+    quality, rows = model["quality"], []
     for plan, row in averages(model).items():
         engine = quality["server"]["engines"].get(plan, "ONNX Runtime, CPU")  # TF32 is emulated in process
-        cells = [form(row[key]) if "error" not in row else "" for key, form in DEVIATIONS.values()]
-        rows.append([plan, row.get("error", engine), *cells])
+        cells = {"plan": plan, "executed by": row.get("error", engine)}
+        if "error" not in row:
+            cells |= {
+                "relative L2": percent(row["relative_l2_error"]),
+                "of the worst text": percent(row["worst_relative_l2_error"]),
+                "mean cosine": f"{row['mean_cosine']:.6f}",
+                "max abs": f"{row['max_abs_error']:.2e}",
+                "mean abs": f"{row['mean_abs_error']:.2e}",
+                "argmax flips": percent(row["argmax_flip_share"]),
+            }
+        rows.append(cells)
     texts = quality["texts"]
-    lead = f"{caption(quality)}; {texts['count']} texts ({texts['file']})."
-    return [lead, table(["plan", "executed by", *DEVIATIONS], rows)]
+    return [f"{caption(quality)}; {texts['count']} texts ({texts['file']}).", table(rows)]
 
 
 def similarity(models):
     """The last hidden state and the similarity of sentences, per graph."""
-    rows = [(m, plan, row) for m in models if m["sts"] for plan, row in m["sts"]["plans"].items()]
-    spec = {
-        "graph": lambda r: f"{r[0]['title']}: {r[1]}",
-        "hidden state: mean cosine": lambda r: f"{r[2]['mean_cosine']:.6f}",
-        "hidden state: relative L2": lambda r: percent(r[2]["relative_l2_error"]),
-        "Spearman of sentence pairs": lambda r: number(r[2]["spearman"], ".4f"),
-        "pairs": lambda r: r[0]["sts"]["pairs"]["count"] if r[0]["sts"]["pairs"] else "none",
-    }
-    return columns(rows, spec) if rows else f"Last hidden state: {NOT_MEASURED}."
-
-
-# --- the search for INT8 -------------------------------------------------------------
+    rows = table(
+        {
+            "graph": f"{m['title']}: {plan}",
+            "mean cosine": f"{row['mean_cosine']:.6f}",
+            "relative L2": percent(row["relative_l2_error"]),
+            "Spearman of sentence pairs": number(row["spearman"], ".4f"),
+            "pairs": m["sts"]["pairs"]["count"] if m["sts"]["pairs"] else "none",
+        }
+        for m in models
+        if m["sts"]
+        for plan, row in m["sts"]["plans"].items()
+    )
+    return f"The last hidden state, and the similarity of sentences:\n\n{rows}"
 
 
 def fidelity(row):
@@ -63,20 +61,24 @@ def fidelity(row):
 
 def searches(models):
     """What the search chose for every model, a row each."""
+    rows = []
+    for model in (m for m in models if m["sensitivity"]):
+        record = model["sensitivity"]
+        reached = record["reached"]
+        rows.append(
+            {
+                "model": model["title"],
+                "texts that calibrate + select": f"{record['texts']['calibration']} + {record['texts']['selection']}",
+                "FLOPs of weight MatMuls in INT8": f"{record['int8_flops_share'] or 0:.1%}",
+                "target": f"{record['target']['mean_cosine']:g} / {percent(record['target']['relative_l2_error'])}",
+                **{f"{p} reached": fidelity(reached[p]) if reached else "target not met" for p in ("INT8", "BEST")},
+            }
+        )
+    return table(rows)
 
-    def reached(precision):
-        return lambda r: fidelity(r[1]["reached"][precision]) if r[1]["reached"] else "target not met"
 
-    spec = {
-        "model": lambda r: r[0]["title"],
-        "texts that calibrate + select": lambda r: f"{r[1]['texts']['calibration']} + {r[1]['texts']['selection']}",
-        "FLOPs of weight MatMuls in INT8": lambda r: f"{r[1]['int8_flops_share'] or 0:.1%}",
-        "target": lambda r: f"{r[1]['target']['mean_cosine']:g} / {percent(r[1]['target']['relative_l2_error'])}",
-        "INT8 reached": reached("INT8"),
-        "BEST reached": reached("BEST"),
-    }
-    rows = [(m, m["sensitivity"]) for m in models if m["sensitivity"]]
-    return columns(rows, spec) if rows else f"Search for INT8: {NOT_MEASURED}."
+def errors(row):
+    return {"relative L2": percent(row["relative_l2_error"]), "mean cosine": number(row["mean_cosine"], ".5f")}
 
 
 def search(model):
@@ -86,54 +88,49 @@ def search(model):
         f"{caption(record)}; {record['texts']['file']}, seed {record['seed']}; {record['seconds']:.0f} s, "
         f"{record['peak_memory_mib']} MiB at most{'; stopped by --max-minutes' if record['time_was_over'] else ''}."
     )
-    errors = {
-        "relative L2": lambda r: percent(r["relative_l2_error"]),
-        "mean cosine": lambda r: number(r["mean_cosine"], ".5f"),
-    }
-    curve = {"share of FLOPs in INT8": lambda r: f"{r['int8_flops_share']:.1%}"} | errors
-    matmuls = {
-        "MatMul, alone in INT8": lambda r: f"`{r['matmul']}`",
-        "share of FLOPs": lambda r: f"{r['flops_share']:.2%}",
-        **errors,
-        "smoothing α": lambda r: "" if r["alpha"] is None else f"{r['alpha']:g}{' + offsets' if r['offsets'] else ''}",
-        "computed in": lambda r: "INT8" if r["int8"] else "floating point",
-        "why": lambda r: r["why"],
-    }
-    ranked = sorted(record["matmuls"], key=lambda r: -(r["relative_l2_error"] or 0))
-    return [lead, columns(record["curve"], curve), columns(ranked, matmuls)]
+    curve = table({"share of FLOPs in INT8": f"{r['int8_flops_share']:.1%}"} | errors(r) for r in record["curve"])
+    matmuls = table(
+        {
+            "MatMul, alone in INT8": f"`{r['matmul']}`",
+            "share of FLOPs": f"{r['flops_share']:.2%}",
+            **errors(r),
+            "smoothing α": "" if r["alpha"] is None else f"{r['alpha']:g}{' + offsets' if r['offsets'] else ''}",
+            "computed in": "INT8" if r["int8"] else "floating point",
+            "why": r["why"],
+        }
+        for r in sorted(record["matmuls"], key=lambda r: -(r["relative_l2_error"] or 0))
+    )
+    return [lead, curve, matmuls]
 
 
-# --- plans ---------------------------------------------------------------------------
+def plan_cells(model, name, row):
+    """One plan: what it was built from and how, what it holds, and for which GPU."""
+    counts = {what: ", ".join(f"{n} {p}" for p, n in found.items()) for what, found in row["counts"].items()}
+    return {
+        "plan": f"{model['title']}: {name}",
+        "graph": row["graph"],
+        "built as": row["built_as"] + (", plain INT8" if row["plain_int8"] else ""),
+        "layers": counts["layers"],
+        "weight MatMuls": counts["weight_matmuls"],
+        "MB": f"{row['plan_bytes'] / 1e6:.1f}",
+        "TF32": row["tf32"],
+        "built with, for": f"TensorRT {row['tensorrt_version']}, {row['gpu']} ({row['compute_capability']}), driver {row['driver']}",
+    }
 
 
 def plans(models):
     """The plans there are, and what the compile check says of the graphs."""
+    rows = [plan_cells(m, p, row) for m in models if m["plans"] for p, row in m["plans"]["plans"].items() if row]
+    parts = [table(rows) if rows else "Plans: not built. A plan needs a GPU."]
+    return parts + [compile_line(m["title"], m["compile"]) for m in models if m["compile"]]
 
-    def counts(what):
-        return lambda r: ", ".join(f"{n} {p}" for p, n in r[1]["counts"][what].items())
 
-    spec = {
-        "plan": lambda r: r[0],
-        "graph": lambda r: r[1]["graph"],
-        "built as": lambda r: r[1]["built_as"] + (", plain INT8" if r[1]["plain_int8"] else ""),
-        "layers": counts("layers"),
-        "weight MatMuls": counts("weight_matmuls"),
-        "MB": lambda r: f"{r[1]['plan_bytes'] / 1e6:.1f}",
-        "TF32": lambda r: r[1]["tf32"],
-        "built with": lambda r: f"TensorRT {r[1]['tensorrt_version']}, driver {r[1]['driver']}",
-        "for": lambda r: f"{r[1]['gpu']} ({r[1]['compute_capability']})",
-    }
-    rows = [(f"{m['title']}: {p}", row) for m in models if m["plans"] for p, row in m["plans"]["plans"].items() if row]
-    parts = [columns(rows, spec) if rows else "Plans: not built. A plan needs a GPU."]
-    for model in (m for m in models if m["compile"]):
-        record = model["compile"]
-        by_state = {None: []} | {row["error"]: [] for row in record["rows"]}
-        for row in record["rows"]:
-            by_state[row["error"]].append(f"{row['graph']} for {row['architecture']}")
-        architectures = listing(dict.fromkeys(row["architecture"] for row in record["rows"]))
-        parts.append(
-            f"**{model['title']}**: {len(by_state.pop(None))} of {len(record['rows'])} pairs of a graph and an architecture "
-            f"compiled with TensorRT for RTX {record['tensorrt_rtx']} ({architectures}). {caption(record)}."
-            + "".join(f" Refused: {listing(names)}: {error}." for error, names in by_state.items())
-        )
-    return parts
+def compile_line(title, record):
+    """How many pairs of a graph and an architecture were compiled, and which were refused."""
+    rows = record["rows"]
+    refused = [f"{r['graph']} for {r['architecture']}: {r['error']}" for r in rows if r["error"]]
+    return (
+        f"**{title}**: {len(rows) - len(refused)} of {len(rows)} pairs of a graph and an architecture compiled with TensorRT for "
+        f"RTX {record['tensorrt_rtx']} ({listing(dict.fromkeys(r['architecture'] for r in rows))}). {caption(record)}."
+        f"{' Refused: ' + '; '.join(refused) + '.' if refused else ''}"
+    )

@@ -3,58 +3,45 @@
 from reporting import complexity, findings, quality, speed, verdicts
 from reporting.markdown import NOT_MEASURED, relative
 
-REPORT_ONLY = (
-    "executed", "findings", "results", "embedders", "deviations", "complexity", "int8", "deploy", "plans", "environment",
-)  # fmt: skip
-
 
 def blocks(models):
     """{name: text} of every block."""
     record = findings.model_of_record(models)
 
-    def of_record(kind, section, alt):
-        """Sections of the model of record with its picture."""
-        if not record:
+    def of_record(kind, alt, section):
+        """What the model of record shows of a kind of measurement, with its picture."""
+        if not record or not record[kind]:
             return [f"{alt}: {NOT_MEASURED}."]
-        picture = [f"![{alt}]({relative(record, f'{kind}.png')})"] if record[kind] else []
-        return [*section(record), *picture]
+        return [*section(record), f"![{alt}]({relative(record, f'{kind}.png')})"]
 
     parts = {
-        "executed": [findings.executed(models)],
+        "executed": findings.executed(models),
         "findings": [findings.findings(models)],
         "results": [findings.record_line(record), *findings.results(models)],
-        "embedders": of_record("perf", speed.performance, "Throughput and latency against concurrency"),
-        "deviations": of_record("quality", quality.deviations, "Share of texts against relative L2 error"),
-        "complexity": of_record("complexity", complexity.summary, "Intensity and roofline of every kind of layer"),
-        "int8": of_record("sensitivity", lambda _: [quality.searches(models)], "Quality against the share in INT8"),
+        "embedders": of_record("perf", "Throughput and latency against concurrency", speed.performance),
+        "deviations": [
+            *of_record("quality", "Share of texts against relative L2 error", quality.deviations),
+            quality.similarity(models),
+        ],
+        "complexity": of_record("complexity", "Roofline of every kind of layer", complexity.summary),
+        "int8": of_record("sensitivity", "Quality against the share in INT8", lambda _: [quality.searches(models)]),
         "deploy": verdicts.deploy(models),
         "plans": quality.plans(models),
-        "environment": [findings.environments(models)],
         "summary": findings.summary(models),
     }
-    parts["deviations"].append(quality.similarity(models))
     return {name: "\n\n".join(part) for name, part in parts.items()}
 
 
 def details(model):
     """tables.md of one model on one machine."""
-    perf = model["perf"]
-    levels = (
-        [speed.how_measured(perf), speed.noise_line(perf), speed.level_table(perf), speed.bare_table(perf)]
-        if perf
-        else []
-    )
     sections = {
-        "Deviations": [*quality.deviations(model), quality.similarity([model])]
-        if model["quality"] or model["sts"]
-        else [],
-        "Every level": levels,
-        "Complexity": [*complexity.summary(model), *complexity.details(model)] if model["complexity"] else [],
-        "Search for INT8": quality.search(model) if model["sensitivity"] else [],
-        "Plans": quality.plans([model]),
+        "quality": ("Deviations", quality.deviations),
+        "sts": ("Last hidden state", lambda m: [quality.similarity([m])]),
+        "perf": ("Every level", speed.details),
+        "complexity": ("Complexity", lambda m: complexity.summary(m) + complexity.details(m)),
+        "sensitivity": ("Search for INT8", quality.search),
     }
-    lead = f"# {model['title']}: every table\n\nWritten by `report.py` from the files beside it."
-    return (
-        "\n\n".join([lead, *(f"## {name}\n\n" + "\n\n".join(parts) for name, parts in sections.items() if parts)])
-        + "\n"
-    )
+    parts = [f"# {model['title']}: every table", "Written by `report.py` from the files beside it."]
+    for kind, (heading, section) in sections.items():
+        parts += [f"## {heading}", *section(model)] if model[kind] else []
+    return "\n\n".join([*parts, "## Plans", *quality.plans([model])]) + "\n"

@@ -53,44 +53,24 @@ def best_key(perf, concurrency):
     return best if second and speeds[best] > noise_factor(perf) * speeds[second] else None
 
 
-def state(perf, key):
-    """What a level without figures says."""
-    row = next((r for r in perf["rows"] if (r["model"], r["concurrency"]) == key), None)
-    return "refused" if row else NOT_MEASURED if list(key) in perf["planned"] else ""
-
-
 def tail(row):
     """p99 of a row, which needs enough requests."""
     return "n too small" if row["latency_p99_ms"] is None else f"{row['latency_p99_ms']:.1f}"
 
 
-def throughput_cell(perf, key):
-    row = levels(perf).get(key)
-    if not row:
-        return state(perf, key)
+def throughput(perf, row):
+    """Median of the rounds and their span; bold where an embedder is faster than every other one."""
     speed = f"{row['throughput_infer_per_s']:.1f}"
-    speed = f"**{speed}**" if key[0] == best_key(perf, key[1]) else speed
+    speed = f"**{speed}**" if row["model"] == best_key(perf, row["concurrency"]) else speed
     ends = f"({row['throughput_min_infer_per_s']:.1f} to {row['throughput_max_infer_per_s']:.1f})"
     return f"{speed} {ends}{'' if row['stable'] else ', unstable'}"
 
 
-def latency_cell(perf, key):
-    row = levels(perf).get(key)
-    return f"{row['latency_p50_ms']:.1f} / {tail(row)}; {row['n']}" if row else state(perf, key)
-
-
-def matrices(perf):
-    """Throughput and latency, a row per model and a column per concurrency."""
-    names = list(dict.fromkeys(m for m, _ in perf["planned"]))
-    concurrencies = sorted({c for _, c in perf["planned"]})
-    parts = []
-    for lead, cell in (
-        ("Throughput in texts per second by concurrency, with the slowest and the fastest round:", throughput_cell),
-        ("Latency in ms by concurrency, p50 / p99; n requests:", latency_cell),
-    ):
-        rows = [[name, *(cell(perf, (name, c)) for c in concurrencies)] for name in names]
-        parts.append(f"{lead}\n\n{table(['model', *map(str, concurrencies)], rows)}")
-    return parts
+def matrix(perf, cell):
+    """A row per model and a column per concurrency."""
+    rows = {(r["model"], r["concurrency"]): "refused" if "error" in r else cell(r) for r in perf["rows"]}
+    names, concurrencies = dict.fromkeys(m for m, _ in perf["planned"]), sorted({c for _, c in perf["planned"]})
+    return table({"model": m} | {str(c): rows.get((m, c), NOT_MEASURED) for c in concurrencies} for m in names)
 
 
 def how_measured(perf):
@@ -106,51 +86,40 @@ def how_measured(perf):
     return lead
 
 
-def level_table(perf):
-    """Every level: client's latencies, server's split, what the server used."""
-    found = {(r["model"], r["concurrency"]): r for r in perf["rows"]}
-    rows = [{"model": m, "concurrency": c} | found.get((m, c), {"error": NOT_MEASURED}) for m, c in perf["planned"]]
-
-    def cell(key, form=".1f"):
-        return lambda r: "" if r.get(key) is None else format(r[key], form)
-
-    spec = {
-        "model": lambda r: r["model"],
-        "concurrency": lambda r: r["concurrency"],
-        "infer/s": lambda r: r.get("error") or f"{r['throughput_infer_per_s']:.1f}",
-        "n": cell("n", ""),
-        "served / bare": cell("served_to_bare", ".2f"),
-        **{f"{k} ms": cell(f"latency_{k}_ms") for k in ("mean", "p50", "p90", "p95")},
-        "p99 ms": lambda r: "" if "error" in r else tail(r),
-        "queue ms": cell("server_queue_ms"),
-        "compute ms": cell("server_compute_ms"),
-        "mean batch": cell("mean_batch_size", ".2f"),
-        "server CPU cores": cell("server_cpu_cores", ".2f"),
-        "stable": lambda r: "" if "error" in r else "yes" if r["stable"] else f"no, {r['spread_percent']:.0f}%",
-    }
-    return table(spec, [[c(row) for c in spec.values()] for row in rows])
-
-
-def bare_table(perf):
-    """The graphs without a server, and the ensemble beside the sum of its parts."""
-    bare = perf["bare_infer_per_s"]
-    if not bare:
-        return f"The graphs without a server: {NOT_MEASURED}."
-    batches = list(next(iter(bare.values())))
-    rows = [[key, *(number(speeds.get(b), ".1f") for b in batches)] for key, speeds in bare.items()]
-    lead = "The same graphs without a server, in texts per second:"
-    text = f"{lead}\n\n{table(['graph', *(f'batch {b}' for b in batches)], rows)}"
-    row = levels(perf).get(("ensemble", 1))
-    if row and len(bare) == len(EMBEDDERS) and all(speeds.get("1") for speeds in bare.values()):
-        ratio = row["latency_mean_ms"] / sum(1e3 / speeds["1"] for speeds in bare.values())
-        text += (
-            "\n\nThe ensemble's mean latency at concurrency 1 is "
-            f"{ratio:.2f} times the sum of the five runs without a server at batch 1."
-        )
-    return text
-
-
 def performance(model):
     """The section of one model in the report."""
     perf = model["perf"]
-    return [how_measured(perf), *matrices(perf)] if perf else [f"Speed: {NOT_MEASURED}."]
+    return [
+        how_measured(perf),
+        "Throughput in texts per second by concurrency, with the slowest and the fastest round:",
+        matrix(perf, lambda r: throughput(perf, r)),
+        "Latency in ms by concurrency, p50 / p99; n requests:",
+        matrix(perf, lambda r: f"{r['latency_p50_ms']:.1f} / {tail(r)}; {r['n']}"),
+    ]
+
+
+def level_cells(model, concurrency, row):
+    """One level: the client's latencies, the server's split, what the server used."""
+    cells = {"model": model, "concurrency": concurrency, "infer/s": row.get("error")}
+    if "error" in row:
+        return cells
+    return cells | {
+        "infer/s": f"{row['throughput_infer_per_s']:.1f}",
+        "n": row["n"],
+        "served / bare": number(row.get("served_to_bare"), ".2f"),
+        **{f"{k} ms": f"{row[f'latency_{k}_ms']:.1f}" for k in ("mean", "p50", "p90", "p95")},
+        "p99 ms": tail(row),
+        "queue ms": number(row["server_queue_ms"], ".1f"),
+        "compute ms": number(row["server_compute_ms"], ".1f"),
+        "mean batch": number(row["mean_batch_size"], ".2f"),
+        "server CPU cores": number(row["server_cpu_cores"], ".2f"),
+        "stable": "yes" if row["stable"] else f"no, {row['spread_percent']:.0f}%",
+    }
+
+
+def details(model):
+    """Every level of one model, for its tables."""
+    perf = model["perf"]
+    found = {(r["model"], r["concurrency"]): r for r in perf["rows"]}
+    rows = (level_cells(m, c, found.get((m, c), {"error": NOT_MEASURED})) for m, c in perf["planned"])
+    return [how_measured(perf), noise_line(perf), table(rows)]

@@ -1,6 +1,6 @@
 """Sections on which precision of a classifier may be deployed: results/<slug>/<machine>/verdicts.json."""
 
-from reporting.markdown import NOT_MEASURED, caption, columns, listing, relative
+from reporting.markdown import NOT_MEASURED, caption, listing, relative, table
 
 
 def interval(value):
@@ -20,64 +20,70 @@ def deploy(models):
     parts = []
     for model in (m for m in models if m["verdicts"]):
         record = model["verdicts"]
-        picture = f"![Logits against torch, precision and recall with the threshold]({relative(model, 'verdicts.png')})"
         parts += [
             f"**{model['title']}**. {origin(model)} {rule(record)}",
             agreement_table(record),
             conclusion(record),
-            picture,
+            f"![Logits of each model against those of torch]({relative(model, 'verdicts.png')})",
         ]
     return parts or [f"Verdicts of a classifier: {NOT_MEASURED}."]
 
 
 def origin(model):
     """Where the classifier comes from, what it was asked, and what calibrated its INT8 graphs."""
-    record, training, calibration = model["verdicts"], model["training"], model["verdicts"].get("calibration")
-    text = f"{caption(record)}. "
+    record, training = model["verdicts"], model["training"]
+    calibration, server = record.get("calibration"), record["server"]
+    sentences = [f"{caption(record)}."]
     if training:
-        text += (
+        sentences.append(
             f"It was trained on {training['data']} ({training['texts']} texts) in {training['seconds']:.0f} s, to a dev accuracy "
-            f"of {training['accuracy']:.4f} on {training['eval_texts']} texts. "
+            f"of {training['accuracy']:.4f} on {training['eval_texts']} texts."
         )
     if calibration:
-        text += f"Its INT8 graphs were calibrated with {calibration['count']} texts of {calibration['file']}. "
-    server = record["server"]
-    where = f"through Triton {server['version']}" if server else "in process"
-    return f"{text}The study asked every graph, {where}, for the logits of {record['data']['count']} texts of {record['data']['file']}."
+        sentences.append(f"Its INT8 graphs were calibrated with {calibration['count']} texts of {calibration['file']}.")
+    sentences.append(
+        f"The study asked every graph, {'through Triton ' + server['version'] if server else 'in process'}, for the logits of "
+        f"{record['data']['count']} texts of {record['data']['file']}."
+    )
+    return " ".join(sentences)
 
 
 def rule(record):
     """What a verdict is, in the study and in the service."""
-    if record["threshold"] is None:
-        studied = "the class with the largest logit"
-    else:
-        studied = (
-            f"whether the logit of `{record['positive']}` reaches {record['threshold']:.4f}, the threshold that gives the "
-            f"original model the best recall at a precision of at least {record['precision']:g}"
+    text, served = "A verdict is the class with the largest logit.", record.get("served_verdict")
+    if record["threshold"] is not None:
+        text = (
+            f"A verdict is whether the logit of `{record['positive']}` reaches {record['threshold']:.4f}, the threshold that gives "
+            f"the original model the best recall at a precision of at least {record['precision']:g}."
         )
-    served = record.get("served_verdict")
     same = (record["threshold"] is None) == (served == "largest logit")
-    if served is None:
-        return f"A verdict is {studied}."
-    return f"A verdict is {studied}. The service {'answers by the same rule' if same else f'answers by another rule, the {served}'}."
+    return (
+        f"{text} The service answers by {'the same rule' if same else f'another rule, the {served}'}."
+        if served
+        else text
+    )
 
 
 def agreement_table(record):
     """How close each model's verdicts and logits are to torch's, and how good they are."""
-    other = [(name, row) for name, row in record["models"].items() if name != "torch"]
-    close = {
-        "model": lambda r: r[0],
-        "executed by": lambda r: r[1]["engine"],
-        "agreement with torch": lambda r: interval(r[1]["agreement"]),
-        "flips": lambda r: r[1]["flips"],
-        "McNemar p": lambda r: f"{r[1]['mcnemar']['p']:.2g}",
-        "largest logit deviation": lambda r: f"{r[1]['deviation']['max_abs']:.2g}",
-        "p50 ms, one text": lambda r: f"{r[1]['latency_p50_ms']:.1f}",
-    }
-    good = {"model": lambda r: r[0]}
-    for key in ("accuracy", "precision", "recall"):
-        good[key] = lambda r, key=key: interval(r[1]["quality"][key])
-    return f"{columns(other, close)}\n\n{columns(record['models'].items(), good)}"
+    close = table(
+        {
+            "model": name,
+            "executed by": row["engine"],
+            "agreement with torch": interval(row["agreement"]),
+            "flips": row["flips"],
+            "McNemar p": f"{row['mcnemar']['p']:.2g}",
+            "largest logit deviation": f"{row['deviation']['max_abs']:.2g}",
+            "p50 ms, one text": f"{row['latency_p50_ms']:.1f}",
+        }
+        for name, row in record["models"].items()
+        if name != "torch"
+    )
+    good = table(
+        {"model": name} | {key: interval(row["quality"][key]) for key in ("accuracy", "precision", "recall")}
+        for name, row in record["models"].items()
+    )
+    return f"{close}\n\n{good}"
 
 
 def conclusion(record):

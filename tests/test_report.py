@@ -25,7 +25,7 @@ def test_blocks_are_filled_and_prose_is_kept(place):
     text = written(place)
     assert text.startswith("# Title\n\nprose 12.5\n") and "\nold\n" not in text
     assert "| TRT_INT8 | ONNX Runtime, CPU | 6.0% |" in block(text, "results")
-    assert "Speed: not measured." in block(text, "embedders")
+    assert "against concurrency: not measured." in block(text, "embedders")
 
 
 def test_check_passes_on_current_and_fails_on_changed_text_data_or_picture(place):
