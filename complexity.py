@@ -32,15 +32,11 @@ def print_summary(record):
     left_out = ", ".join(f"{op} ({n})" for op, n in record["counts"]["fvcore_unsupported_ops"].items())
     print(f"fvcore has no rule for {left_out}: no matmul among them, counted in closed form")
     ridges = ", ".join(f"{p} {r:.1f}" for p, r in gpu["ridge_points"].items() if r)
-    print(
-        f"{gpu['name']}: {gpu['bandwidth'] / 1e9:g} GB/s, ridge points in FLOP/byte: {ridges}. Bound by arithmetic from:"
-    )
+    bandwidth = f"{gpu['bandwidth'] / 1e9:g} GB/s"
+    print(f"{gpu['name']}: {bandwidth}, ridge points in FLOP/byte: {ridges}. Bound by arithmetic from:")
     for group in fold_equal(record["kinds"]):
-        names, calls, share = (
-            ", ".join(k["kind"] for k in group),
-            sum(k["calls"] for k in group),
-            sum(k["share"] for k in group),
-        )
+        names = ", ".join(k["kind"] for k in group)
+        calls, share = (sum(k[key] for k in group) for key in ("calls", "share"))
         thresholds = (f"{p}: {describe_threshold(v['threshold'])}" for p, v in group[0]["precisions"].items())
         print(f"  {calls:3} x {names}: {share:.2%} of the FLOPs; {'; '.join(thresholds)}")
     for p, by_batch in record["least_latency_s"].items():

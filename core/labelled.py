@@ -39,16 +39,14 @@ def read_rows(path):
 
 def find_columns(path, first, columns):
     """Indices of the columns, and whether the first line only names them."""
-    numbers = [int(c) - 1 if c.isdecimal() else None for c in columns]
-    if None not in numbers:
-        return numbers, False
-    missing = [c for c, n in zip(columns, numbers, strict=True) if n is None and c not in first]
+    missing = [c for c in columns if not c.isdecimal() and c not in first]
     if missing:
         raise SystemExit(
             f"{path}: expected a column named {missing[0]} in the first line, found {', '.join(first)[:80]}; "
             "name columns with --text-column and --label-column, or number them from 1"
         )
-    return [first.index(c) if n is None else n for c, n in zip(columns, numbers, strict=True)], True
+    indices = [int(c) - 1 if c.isdecimal() else first.index(c) for c in columns]
+    return indices, not all(c.isdecimal() for c in columns)
 
 
 def read_labelled(path, text_column, label_column):

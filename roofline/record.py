@@ -72,15 +72,14 @@ def describe_fusion(kinds, length):
 def thresholds_by_gpu(kinds, length, gpus):
     """{GPU: {precision: {kind of Linear: threshold}}}: the batch depends on the GPU more than on the layer."""
     linears = [layer for layer in kinds if layer["op"] == "linear"]
-    found = {}
-    for name, gpu in gpus.items():
-        found[name] = {}
-        for precision, row in PRECISIONS.items():
-            peak = gpu["peak_flops"].get(row.peak)
-            limits = (length, precision, peak, gpu["bandwidth"])
-            solved = {k["kind"]: roofline.threshold(k, *limits)["batch"] for k in linears if peak}
-            found[name][precision] = solved or None
-    return found
+
+    def solve(precision, gpu):
+        if not (peak := gpu["peak_flops"].get(PRECISIONS[precision].peak)):
+            return None
+        limits = (length, precision, peak, gpu["bandwidth"])
+        return {k["kind"]: roofline.threshold(k, *limits)["batch"] for k in linears} or None
+
+    return {name: {p: solve(p, gpu) for p in PRECISIONS} for name, gpu in gpus.items()}
 
 
 def least_latencies(kinds, *limits):

@@ -213,10 +213,9 @@ def measure_layers(embedder, kinds, length, min_run_time_s):
     embedder: the model in FP32; kinds: layers.by_kind. It runs on CUDA where torch finds a GPU, else on the CPU.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = torch.cuda.get_device_name(0) if device == "cuda" else "this CPU"
     with torch.inference_mode():
         peak, bandwidth = measure_ridge(kinds, length, device, min_run_time_s)
-        machine = {"name": name, "peak_flops": {PRECISION: peak}, "bandwidth": bandwidth}
+        machine = {"peak_flops": {PRECISION: peak}, "bandwidth": bandwidth}
         rows, models = [], []
         with tqdm(total=len(BATCHES) * (len(kinds) + 1), desc="layers", unit="layer", mininterval=1) as bar:
             for batch in BATCHES:

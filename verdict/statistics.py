@@ -23,13 +23,17 @@ def cut_points(scores):
     return np.concatenate([[values[0] - 1.0], (values[1:] + values[:-1]) / 2])
 
 
-def precision_recall(scores, positive, thresholds):
-    """(precision, recall) at each threshold; a text is taken where its score reaches it."""
+def at_or_above(scores, positive, thresholds):
+    """(texts, positive ones among them) whose score reaches each threshold, int [thresholds] each."""
     order = np.argsort(scores)
-    # how many texts, and how many positive ones, lie at or above each threshold
     first = np.searchsorted(scores[order], thresholds, side="left")
     right = np.concatenate([np.cumsum(positive[order][::-1])[::-1], [0]])[first]
-    taken = len(scores) - first
+    return len(scores) - first, right
+
+
+def precision_recall(scores, positive, thresholds):
+    """(precision, recall) at each threshold; a text is taken where its score reaches it."""
+    taken, right = at_or_above(scores, positive, thresholds)
     return right / np.maximum(taken, 1), right / max(int(positive.sum()), 1)
 
 
@@ -64,11 +68,8 @@ def closest_threshold(scores, verdicts, near):
     """Threshold whose verdicts on `scores` differ least from `verdicts`; of several the nearest to `near`."""
     # above all scores too: the other model may have taken none
     thresholds = np.append(cut_points(scores), [scores.max() + 1.0, near])
-    order = np.argsort(scores)
-    first = np.searchsorted(scores[order], thresholds, side="left")
-    ones = np.concatenate([[0], np.cumsum(verdicts[order] == 1)])
-    # flips: ones below the threshold, and zeros at or above it
-    flips = ones[first] + (len(scores) - first) - (ones[-1] - ones[first])
+    taken, right = at_or_above(scores, verdicts == 1, thresholds)
+    flips = (taken - right) + ((verdicts == 1).sum() - right)  # zeros at or above the threshold, ones below it
     best = np.flatnonzero(flips == flips.min())
     return float(min(thresholds[best], key=lambda t: abs(t - near)))
 
