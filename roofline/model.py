@@ -187,28 +187,19 @@ def alone(layers):
     return [[layer] for layer in layers]
 
 
-def apart_bytes(group, batch, length, precision):
-    """Bytes of a group's members one by one."""
-    return sum(bytes_moved(layer, batch, length, precision) for layer in group)
-
-
 def fused_bytes(group, batch, length, precision):
     """Bytes of a group: those of its members, less each inner result's one write and one read."""
-    total = apart_bytes(group, batch, length, precision)
+    total = sum(bytes_moved(layer, batch, length, precision) for layer in group)
     for before, after in pairwise(group):
         inner = cost(before, batch, length).outputs
         total -= inner * (element_bytes(before, precision)[2] + element_bytes(after, precision)[0])
     return total
 
 
-def fused_intensity(group, batch, length, precision, moved=fused_bytes):
-    """FLOP/byte of a group; matmuls alone in fused attention: 4BL²D / (4·s·BLD) = L / s.
-
-    The softmax runs on other units. moved: apart_bytes for the members one by one.
-    """
+def fused_intensity(group, batch, length, precision):
+    """FLOP/byte of a group; matmuls alone in fused attention, whose softmax runs on other units: L / s."""
     matmuls = [layer for layer in group if is_matmul(layer)] or group
-    flops = sum(cost(layer, batch, length).flops for layer in matmuls)
-    return flops / moved(group, batch, length, precision)
+    return sum(cost(layer, batch, length).flops for layer in matmuls) / fused_bytes(group, batch, length, precision)
 
 
 def least_time(groups, batch, length, precision, gpu):

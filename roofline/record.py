@@ -9,7 +9,6 @@ from core.record import environment_record, results_folder
 from core.tables import PRECISIONS, SERVED
 from roofline import model as roofline
 from roofline.counts import compare_counts, compare_elementwise, count_closed_form, count_fvcore, count_torch
-from roofline.gpus import read_hardware
 from roofline.layers import UnknownLayer, by_kind, list_layers
 
 BATCHES = (1, 8)
@@ -50,38 +49,6 @@ def describe_kind(layer, length, gpu, total_flops):
     return row
 
 
-def describe_fusion(kinds, length):
-    """Intensity of the chains that TensorRT fuses, beside that of their members one by one."""
-    ways = {"apart": roofline.apart_bytes, "fused": roofline.fused_bytes}
-    return [
-        {
-            "chain": [layer["kind"] for layer in group],
-            "precisions": {
-                p: {
-                    way: {b: roofline.fused_intensity(group, b, length, p, moved) for b in BATCHES}
-                    for way, moved in ways.items()
-                }
-                for p in PRECISIONS
-            },
-        }
-        for group in roofline.fuse(kinds, 1, length)
-        if len(group) > 1
-    ]
-
-
-def thresholds_by_gpu(kinds, length, gpus):
-    """{GPU: {precision: {kind of Linear: threshold}}}: the batch depends on the GPU more than on the layer."""
-    linears = [layer for layer in kinds if layer["op"] == "linear"]
-
-    def solve(precision, gpu):
-        if not (peak := gpu["peak_flops"].get(PRECISIONS[precision].peak)):
-            return None
-        limits = (length, precision, peak, gpu["bandwidth"])
-        return {k["kind"]: roofline.threshold(k, *limits)["batch"] for k in linears} or None
-
-    return {name: {p: solve(p, gpu) for p in PRECISIONS} for name, gpu in gpus.items()}
-
-
 def least_latencies(kinds, *limits):
     """Seconds of a model layer by layer, and with the chains fused. limits: batch, length, precision, GPU."""
     groups = {"apart": roofline.alone(kinds), "fused": roofline.fuse(kinds, *limits[:2])}
@@ -116,9 +83,7 @@ def count_complexity(embedder, card, gpu):
         "gpu": gpu | {"ridge_points": ridges},
         "practical_batch": roofline.PRACTICAL_BATCH,
         "kinds": [describe_kind(layer, length, gpu, total) for layer in kinds],
-        "fusion": describe_fusion(kinds, length),
         "least_latency_s": {p: {b: least_latencies(kinds, b, length, p, gpu) for b in BATCHES} for p in PRECISIONS},
-        "thresholds_by_gpu": thresholds_by_gpu(kinds, length, read_hardware()),
         "measured": None,
         "layers": layers,
     }

@@ -32,26 +32,9 @@ from core.repository import (
     site_packages,
     tokenizer_path,
 )
-from core.tables import (
-    ATTENTION_MASK,
-    EMBEDDERS,
-    MAX_BATCH_SIZE,
-    MODELS,
-    PINNED_TENSORRT,
-    REFERENCE,
-    model_key,
-)
+from core.tables import ATTENTION_MASK, EMBEDDERS, MAX_BATCH_SIZE, MODELS, PINNED_TENSORRT, REFERENCE, model_key
 from core.tokens import encode, load_tokenizer
-from serving.configs import (
-    config_tensors,
-    data_type,
-    describe,
-    ensemble_config,
-    model_config,
-    postprocess_config,
-    read_config,
-    tokenizer_config,
-)
+from serving import configs
 from serving.plans import check_plan, check_served_plans
 from serving.server import SERVER_ERRORS, infer, text_tensor
 from tasks.table import TASKS
@@ -71,9 +54,9 @@ def expected_configs(repository, card, warmup_length):
     task, service = TASKS[card["task"]], card["service"]
     batch, keys = service.get("max_batch_size", MAX_BATCH_SIZE), served_keys(repository)
     answering = keys if task.every_model else [model_key(service["precision"])]
-    configs = [tokenizer_config(card, batch), ensemble_config(service["name"], answering, card, batch)]
-    configs += [postprocess_config(card, batch)] if task.answers else []
-    return configs + [model_config(key, card, batch, engine_of(repository, key), warmup_length) for key in keys]
+    found = [configs.tokenizer_config(card, batch), configs.ensemble_config(service["name"], answering, card, batch)]
+    found += [configs.postprocess_config(card, batch)] if task.answers else []
+    return found + [configs.model_config(key, card, batch, engine_of(repository, key), warmup_length) for key in keys]
 
 
 # --- the parts -----------------------------------------------------------------------
@@ -86,13 +69,13 @@ def check_configs(repository, card):
     folders = {path.name for path in repository.iterdir() if path.is_dir()}
     for name in sorted(folders | expected.keys()):
         path = repository / name / "config.pbtxt"
-        found = read_config(path)
+        found = configs.read_config(path)
         if name not in expected:
             raise SystemExit(f"{path}: expected no such model by the record, found one; {remedy}, or remove it")
-        if config_tensors(found) != config_tensors(expected[name]):
+        if configs.config_tensors(found) != configs.config_tensors(expected[name]):
             raise SystemExit(
                 f"{path}: expected what the record and {graph_path(repository, REFERENCE)} need, "
-                f"{describe(config_tensors(expected[name]))}; found {describe(config_tensors(found))}; {remedy}"
+                f"{configs.describe(configs.config_tensors(expected[name]))}; found {configs.describe(configs.config_tensors(found))}; {remedy}"
             )
         if found.platform != expected[name].platform:
             raise SystemExit(f"{path}: expected platform {expected[name].platform}, found {found.platform}; {remedy}")
@@ -104,12 +87,13 @@ def check_graph(repository, key, card):
     config = path.parents[1] / "config.pbtxt"
     graph = read_graph(path)
     found = {
-        name: (data_type(ONNX_TYPES.get(kind, "INVALID")), dims) for name, (kind, dims) in graph_tensors(graph).items()
+        name: (configs.data_type(ONNX_TYPES.get(kind, "INVALID")), dims)
+        for name, (kind, dims) in graph_tensors(graph).items()
     }
-    if found != config_tensors(read_config(config)):
+    if found != configs.config_tensors(configs.read_config(config)):
         raise SystemExit(
-            f"{config}: expected the tensors of {path}, {describe(found)}; "
-            f"found {describe(config_tensors(read_config(config)))}; run torch2onnx.py, then quantize.py"
+            f"{config}: expected the tensors of {path}, {configs.describe(found)}; "
+            f"found {configs.describe(configs.config_tensors(configs.read_config(config)))}; run torch2onnx.py, then quantize.py"
         )
     for name in card["inputs"]:
         if not (config.parent / "warmup" / name).is_file():

@@ -109,9 +109,8 @@ def write_complexity(folder, model):
             "ridge_points": {"FP32": 25.3, "TF32": None, "FP16": 203.1, "INT8": 406.2},
         },
         "kinds": [*kinds, kind("GELU", "activation", 30, "memory", never), kind("softmax", "softmax", 10, "memory", never)],
-        "fusion": [], "measured": None, "layers": [],
+        "measured": None, "layers": [],
         "least_latency_s": {p: {b: {"apart": s, "fused": s} for b in "18"} for p, s in least.items()},
-        "thresholds_by_gpu": {"T4": {"FP32": {"Q": 1}, "TF32": None}},
     }  # fmt: skip
     write(folder, "complexity", record(model, **content))
 
