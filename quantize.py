@@ -26,12 +26,12 @@ import onnx
 from core.arguments import make_parser
 from core.files import REPOSITORY, RESULTS, replace_when_done, sha256, write_json
 from core.record import environment_record, results_folder
-from core.repository import graph_path, graph_tensors, is_own, read_card, read_graph, tokenizer_path
+from core.repository import graph_path, graph_tensors, is_own, read_card, read_graph, tokenizer_path, weight_matmuls
 from core.tables import REFERENCE, SERVED, model_key
 from core.tokens import load_tokenizer
 from precision.calibration import load_texts
 from precision.int8_check import check_quantization
-from precision.int8_graph import flops_share, weight_matmuls
+from precision.int8_graph import flops_share
 from precision.int8_recipes import candidate_matmuls, find_recipes, naive_recipes, recipe_digest
 from precision.int8_search import SEARCHED, missed_target, search_int8
 from precision.makers import Learnt, make_graph

@@ -126,3 +126,19 @@ def check_made_from(graph, path, reference_sha256):
             f"{path}: expected a graph made from the export {reference_sha256[:12]}, found one made from "
             f"{made_from[:12]}; run quantize.py"
         )
+
+
+def transposed(node):
+    """Whether a Gemm reads its weight as [out, in]."""
+    return any(a.name == "transB" and a.i for a in node.attribute)
+
+
+def weight_matmuls(graph):
+    """{node name: (in features, out features)} of MatMul and Gemm with a constant operand."""
+    weights = {i.name: tuple(i.dims) for i in graph.graph.initializer if len(i.dims) == 2}
+    found = {}
+    for node in graph.graph.node:
+        if node.op_type in ("MatMul", "Gemm") and node.input[1] in weights:
+            shape = weights[node.input[1]]
+            found[node.name] = shape[::-1] if transposed(node) else shape
+    return found

@@ -3,7 +3,8 @@
 import onnx
 from onnx import numpy_helper
 
-from precision.int8_graph import GraphIndex, transposed
+from core.repository import transposed
+from precision.int8_graph import GraphIndex
 
 
 def quantized_matmuls(graph):

@@ -12,6 +12,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from core.repository import transposed, weight_matmuls
+
 KEEPS_ORDER = ("Reshape", "Transpose")  # between a Linear and the MatMul that reads its channels
 
 
@@ -38,22 +40,6 @@ class GraphIndex:
 
 
 # --- which MatMuls -------------------------------------------------------------------
-
-
-def transposed(node):
-    """Whether a Gemm reads its weight as [out, in]."""
-    return any(a.name == "transB" and a.i for a in node.attribute)
-
-
-def weight_matmuls(graph):
-    """{node name: (in features, out features)} of MatMul and Gemm with a constant operand."""
-    weights = {i.name: tuple(i.dims) for i in graph.graph.initializer if len(i.dims) == 2}
-    found = {}
-    for node in graph.graph.node:
-        if node.op_type in ("MatMul", "Gemm") and node.input[1] in weights:
-            shape = weights[node.input[1]]
-            found[node.name] = shape[::-1] if transposed(node) else shape
-    return found
 
 
 def matmul_groups(graph):

@@ -11,8 +11,9 @@ import onnx
 from tqdm import tqdm
 
 from core.onnx_runtime import open_session
+from core.repository import weight_matmuls
 from core.tables import ATTENTION_MASK, INPUT_IDS, MAX_BATCH_SIZE
-from precision.int8_graph import GraphIndex, bias_add, flops_share, matmul_groups, matmul_weights, weight_matmuls
+from precision.int8_graph import GraphIndex, bias_add, flops_share, matmul_groups, matmul_weights
 
 INT8_MAX = 127  # symmetric: -128 is not used
 ALPHAS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # 0: no factors; 1: activations of equal range, weights take it all

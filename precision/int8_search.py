@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from core.metrics import deviations
 from core.onnx_runtime import open_session
+from core.repository import weight_matmuls
 from core.tables import ATTENTION_MASK, INPUT_IDS, MAX_BATCH_SIZE, PRECISIONS, SERVED
-from precision.int8_graph import flops_share, insert_int8, weight_matmuls
+from precision.int8_graph import flops_share, insert_int8
 from precision.int8_recipes import NEGLIGIBLE_SHARE, candidate_matmuls, feeds
 from precision.makers import Learnt, make_graph
 

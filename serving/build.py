@@ -18,9 +18,8 @@ from pathlib import Path
 
 from core.files import REPOSITORY, RESULTS, read_json, replace_when_done, sha256, write_json
 from core.record import environment_record, gpu_record, results_folder
-from core.repository import check_made_from, graph_path, graph_properties, read_card, read_graph
+from core.repository import check_made_from, graph_path, graph_properties, read_card, read_graph, weight_matmuls
 from core.tables import OPT_BATCH_SIZE, PRECISIONS, REFERENCE, SERVED, model_key
-from precision.int8_graph import weight_matmuls
 from serving.plans import REMEDY, plan_path, shapes
 
 # "Format/Datatype" of a layer's tensors: Half, Float, "Row major linear FP32", "Row major Int8 format"
