@@ -22,7 +22,8 @@ def environment_record():
         "utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _command("git", "-C", str(ROOT), "rev-parse", "HEAD"),
         "dirty": _dirty(),
-        "cpu": _cpu_name(),
+        "cpu": _cpu()[0],
+        "instruction_sets": _cpu()[1],
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpu": gpu_record(),
@@ -32,6 +33,7 @@ def environment_record():
     }
 
 
+INSTRUCTION_SETS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8")
 PACKAGES = ("torch", "transformers", "onnx", "onnxruntime-gpu", "nvidia-modelopt", "nvidia-pytriton", "tritonclient")
 
 
@@ -62,12 +64,17 @@ def _dirty():
         return None
 
 
-def _cpu_name():
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.machine()
+def _cpu():
+    """(name with family and model, instruction sets that decide how fast and how exact INT8 and BF16 are).
+
+    A virtual machine may call two processors by one name; only family and model tell them apart.
+    """
+    with contextlib.suppress(OSError, KeyError):
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+        found = dict(map(str.strip, line.split(":", 1)) for line in first.splitlines() if ":" in line)
+        name = f"{found['model name']}, family {found['cpu family']}, model {found['model']}"
+        return name, [flag for flag in INSTRUCTION_SETS if flag in found["flags"].split()]
+    return platform.machine(), []
 
 
 def _version(name):
@@ -80,5 +87,5 @@ def _version(name):
 def results_folder(results, card):
     """Where a model's results of this machine lie: a measurement elsewhere never overwrites them."""
     gpu = gpu_record()
-    machine = gpu["name"] if gpu else f"{_cpu_name()} {len(os.sched_getaffinity(0))} cores"
+    machine = gpu["name"] if gpu else f"{_cpu()[0]} {len(os.sched_getaffinity(0))} cores"
     return Path(results) / card["slug"] / slug(machine)
