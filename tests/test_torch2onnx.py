@@ -90,12 +90,16 @@ def test_above_the_allowed_error_no_model_is_left_not_even_an_older_one(tmp_path
         transformers.RobertaConfig(**TINY, max_position_embeddings=514),
         transformers.MPNetConfig(**TINY, max_position_embeddings=514),
         transformers.DistilBertConfig(vocab_size=30522, dim=32, n_layers=2, n_heads=2, hidden_dim=64),
+        transformers.ModernBertConfig(**TINY, max_position_embeddings=512, pad_token_id=0),
+        transformers.DebertaV2Config(**TINY, relative_attention=True, pos_att_type=["c2p", "p2c"]),
+        transformers.T5Config(vocab_size=30522, d_model=32, d_kv=16, num_layers=2, num_heads=2, d_ff=64),
     ],
     ids=lambda config: config.model_type,
 )
 def test_other_encoders_get_the_same_two_inputs(config, tmp_path):
     checkpoint = save_checkpoint(tmp_path / "checkpoint", config)
-    succeed("torch2onnx.py", "--model", checkpoint, *places(tmp_path))
+    done = succeed("torch2onnx.py", "--model", checkpoint, *places(tmp_path))
+    assert "MFLOPs per token" in done.stdout and "WARNING" not in done.stderr, done.stderr
     graph = onnx.load(tmp_path / "model_repository/model_ONNX/1/model.onnx")
     assert [i.name for i in graph.graph.input] == ["INPUT_IDS", "ATTENTION_MASK"]
 
