@@ -19,7 +19,7 @@ def open_session(path, threads=0, spinning="off"):
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors; it warns about each constant that a conversion left behind
     # off: threads that spin between two requests take the cores from the server and from the
-    # other embedders (measured: 2.5 times the throughput of one request at a time)
+    # other embedders
     options.add_session_config_entry("session.intra_op.allow_spinning", "0" if spinning == "off" else "1")
     options.add_session_config_entry("session.force_spinning_stop", "1" if spinning == "stop" else "0")
     model = copy.deepcopy(path) if isinstance(path, onnx.ModelProto) else onnx.load(path)
