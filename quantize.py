@@ -190,7 +190,7 @@ def main():
     reference_path = graph_path(args.repository, REFERENCE)
     reference = read_graph(reference_path)
     tokenizer = load_tokenizer(tokenizer_path(args.repository))
-    parts, facts = load_texts(args.calibration_texts, tokenizer, card["inputs"], args.max_selection_texts)
+    parts, facts = load_texts(args.calibration_texts, tokenizer, card, args.max_selection_texts)
     properties = {"calibration_sha256": facts["sha256"], "reference_sha256": sha256(reference_path)}
     print(f"calibration: {facts['calibration_tokens']} tokens of {facts['calibration']} texts", file=sys.stderr)
     paths = {p: graph_path(args.repository, model_key(p)) for p in SERVED if p in args.only}

@@ -8,8 +8,8 @@ Writes: model_repository/model_ONNX/1/model.onnx and the configs, assets/tokeniz
 Run:    ./torch2onnx.py --model distilbert/distilbert-base-uncased
 Prints: "ONNX Runtime agrees with torch: max abs error …", then the path of the graph.
 
-The task's own export is an encoder with a linear layer on every token. --task classification exports a fine-tuned
-classifier instead, into a repository that holds all that its server needs: build/<name>, or --repository.
+The task's own export is an encoder with a linear layer on every token. Any other --task exports a checkpoint with the
+head of that task, into a repository that holds all that its server needs: build/<name>, or --repository.
 Only safetensors are read and no code of a checkpoint is executed.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from core.arguments import add_model_arguments, make_parser
 from core.files import ASSETS, REPOSITORY, RESULTS, ROOT, TEXTS
 from core.tables import EMBEDDERS, MAX_BATCH_SIZE, REFERENCE
-from tasks.table import TASKS
+from tasks.table import ALIASES, OWN, TASKS
 
 
 def check_place(args, repository):
@@ -43,8 +43,11 @@ def save_graph(args, module, tokenizer, card, path):
     """Export and check; an older graph must not be taken for one that failed. Returns the error to torch."""
     from core.export import CHECK_BATCHES, check_onnx, export_onnx  # torch: -h answers first
     from core.files import read_texts, replace_when_done
+    from tasks.examples import examples
 
-    texts = read_texts(args.texts)
+    # next to nothing but padding, and none at all
+    texts = ["", *sorted(read_texts(args.texts), key=len, reverse=True), "word " * card["max_length"]]
+    texts = examples(card | {"task": args.task}, texts)
     try:
         with replace_when_done(path) as temporary:
             export_onnx(module, card, temporary)
@@ -110,7 +113,7 @@ def export(args):
     write_tokenizer(repository, served)
     service = {"precision": REFERENCE, "max_batch_size": args.max_batch_size, "name": name, "threshold": None}
     write_repository(repository, **service)
-    if TASKS[args.task].per_token:
+    if args.task == OWN:
         count_flops(module, card, args.results)
     print(path if own else repository)
 
@@ -118,7 +121,10 @@ def export(args):
 def parse_args():
     parser = make_parser(__doc__)
     add_model_arguments(parser)
-    parser.add_argument("--task", choices=tuple(TASKS), default="embedding")
+    tasks = (*TASKS, *ALIASES)
+    parser.add_argument(
+        "--task", choices=tasks, default=OWN, metavar="TASK", help=f"{', '.join(tasks)} (default: {OWN})"
+    )
     parser.add_argument(
         "--max-error", type=float, default=1e-4, help="largest allowed abs error to torch (default: %(default)s)"
     )
@@ -133,19 +139,23 @@ def parse_args():
     parser.add_argument(
         "--labels", type=Path, help='of a classifier: JSON, {"0": "negative", …} or inverted (default: id2label)'
     )
+    parser.add_argument("--hidden-state", action="store_true", help="of a sentence embedding: return the tokens' too")
     args = parser.parse_args()
+    args.task = ALIASES.get(args.task, args.task)
     if args.num_outputs < 1 or args.max_batch_size < 1:
         parser.error("--num-outputs, --max-batch-size: expected at least 1")
     if args.max_length is not None and args.max_length < 3:
         parser.error("--max-length: expected at least 3, two special tokens and one of text")
-    if args.task == "embedding":
-        if args.labels:
-            parser.error("--labels: expected --task classification with it")
+    if args.labels and not TASKS[args.task].labelled:
+        parser.error(f"--labels: expected a task with classes with it, found --task {args.task}")
+    if args.hidden_state and args.task != "sentence-embedding":
+        parser.error(f"--hidden-state: expected --task sentence-embedding with it, found {args.task}")
+    if args.task == OWN:
         args.repository = args.repository or REPOSITORY
         if args.repository.resolve() == REPOSITORY:
             args.assets = args.assets or ASSETS
     elif args.random_weights or args.packaged_if_offline or args.assets:
-        parser.error("--random-weights, --packaged-if-offline, --assets: expected --task embedding with them")
+        parser.error(f"--random-weights, --packaged-if-offline, --assets: expected --task {OWN} with them")
     return args
 
 

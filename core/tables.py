@@ -93,7 +93,10 @@ def model_key(precision):
 
 # names of tensors
 TEXT, INPUT_IDS, ATTENTION_MASK, TOKEN_TYPE_IDS = "TEXT", "INPUT_IDS", "ATTENTION_MASK", "TOKEN_TYPE_IDS"
-EMBEDDING, LOGITS, LABEL, SCORE = "EMBEDDING", "LOGITS", "LABEL", "SCORE"
+SPANS, WORDS = "SPANS", "WORDS"  # of each token: its first character and the one behind its last; its word's number
+EMBEDDING, HIDDEN_STATE, LOGITS = "EMBEDDING", "HIDDEN_STATE", "LOGITS"
+LABEL, SCORE, ENTITIES, TOKEN = "LABEL", "SCORE", "ENTITIES", "TOKEN"
+QUESTION, CONTEXT, ANSWER, START, END = "QUESTION", "CONTEXT", "ANSWER", "START", "END"
 
 MAX_LENGTH = 128  # tokens per text of the task's own embedders
 MAX_BATCH_SIZE = 8  # the largest batch of the plans: --maxShapes of build_trt.sh

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from core.tables import ATTENTION_MASK, INPUT_IDS, TOKEN_TYPE_IDS
+from core.tables import ATTENTION_MASK, INPUT_IDS, SPANS, TOKEN_TYPE_IDS, WORDS
 
 PAD_MULTIPLE = 8  # texts of like length share a shape, and so a batch
-FIELDS = {INPUT_IDS: "ids", ATTENTION_MASK: "attention_mask", TOKEN_TYPE_IDS: "type_ids"}
+FIELDS = {INPUT_IDS: "ids", ATTENTION_MASK: "attention_mask", TOKEN_TYPE_IDS: "type_ids", SPANS: "offsets"}
 
 
 def load_tokenizer(path):
@@ -22,9 +22,20 @@ def load_tokenizer(path):
 
 
 def encode(tokenizer, texts, inputs):
-    """{input name: int64 [texts, length]}; padding and truncation are the tokenizer's own."""
+    """{input name: int64 [texts, length]}, SPANS [texts, length, 2]; padding and truncation are the tokenizer's own.
+
+    texts: strings, or pairs of them where a task reads two.
+    """
     encodings = tokenizer.encode_batch(list(texts))
-    return {name: np.array([getattr(e, FIELDS[name]) for e in encodings], dtype=np.int64) for name in inputs}
+    return {name: np.array([column(e, name) for e in encodings], dtype=np.int64) for name in inputs}
+
+
+def column(encoding, name):
+    """One tensor's values of one text; WORDS is -1 for padding and the tokenizer's own tokens."""
+    if name != WORDS:
+        return getattr(encoding, FIELDS[name])
+    own = zip(encoding.word_ids, encoding.special_tokens_mask, strict=True)
+    return [-1 if word is None or special else word for word, special in own]
 
 
 def served_tokenizer(tokenizer, card):

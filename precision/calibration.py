@@ -6,6 +6,7 @@ import sys
 from core.files import TEXTS, read_texts, split_texts, spread
 from core.tables import ATTENTION_MASK, INPUT_IDS
 from core.tokens import encode
+from tasks.examples import examples
 
 MIN_TEXTS = 16  # four select, twelve calibrate
 MIN_CALIBRATION_TOKENS = 256  # fewer do not show the outliers
@@ -43,9 +44,10 @@ def read_calibration_texts(file):
     return texts, left_out
 
 
-def load_texts(file, tokenizer, inputs, max_selection_texts):
+def load_texts(file, tokenizer, card, max_selection_texts):
     """({name of the part: encoded texts}, facts for the record); exits if there is too little text."""
     texts, left_out = read_calibration_texts(file)
+    texts, inputs = examples(card, texts), card["inputs"]
     cut = sum(bool(e.overflowing) for e in tokenizer.encode_batch(texts))
     if cut == len(texts):
         print(f"WARNING: all {cut} calibration texts are longer than the length; their ends were cut", file=sys.stderr)

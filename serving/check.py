@@ -37,7 +37,8 @@ from core.tokens import encode, load_tokenizer
 from serving import configs
 from serving.plans import check_plan, check_served_plans
 from serving.server import SERVER_ERRORS, infer, text_tensor
-from tasks.table import TASKS
+from tasks.examples import examples
+from tasks.table import OWN, TASKS
 
 ONNX_TYPES = {onnx.TensorProto.INT64: "INT64", onnx.TensorProto.FLOAT: "FP32"}
 SAME_MODEL_L2 = 0.05  # TF32 on a GPU stays far below, another model far above
@@ -53,9 +54,13 @@ def expected_configs(repository, card, warmup_length):
     """The configs that a repository with this record has to have."""
     task, service = TASKS[card["task"]], card["service"]
     batch, keys = service.get("max_batch_size", MAX_BATCH_SIZE), served_keys(repository)
-    answering = keys if task.every_model else [model_key(service["precision"])]
-    found = [configs.tokenizer_config(card, batch), configs.ensemble_config(service["name"], answering, card, batch)]
-    found += [configs.postprocess_config(card, batch)] if task.answers else []
+    answering = keys if card["task"] == OWN else [model_key(service["precision"])]
+    found = [configs.tokenizer_config(card, batch)]
+    if task.windows:
+        found += [configs.service_config(service["name"], card, batch)]
+    else:
+        found += [configs.ensemble_config(service["name"], answering, card, batch)]
+        found += [configs.postprocess_config(card, batch)] if task.answers else []
     return found + [configs.model_config(key, card, batch, engine_of(repository, key), warmup_length) for key in keys]
 
 
@@ -147,7 +152,7 @@ def check_repository(repository, plans=False):
     for key in keys if plans else ():
         if engine_of(repository, key) == "tensorrt":
             check_plan(repository, key, card["reference_sha256"], gpu_record(), PINNED_TENSORRT)
-    answering = f"{len(keys)} models" if TASKS[card["task"]].every_model else EMBEDDERS[model_key(service["precision"])]
+    answering = f"{len(keys)} models" if card["task"] == OWN else EMBEDDERS[model_key(service["precision"])]
     length = f"length {card['max_length']}" if card["fixed_length"] else f"length up to {card['max_length']}"
     return f"{service['name']} answers through {answering}, {length}, up to {service['max_batch_size']} texts a request"
 
@@ -163,9 +168,10 @@ def check_served(repository, card, server, url, protocol="http"):
     if not path.is_file():
         raise SystemExit(f"{path}: expected the graph that is served, found none; {EXPORT}")
     try:
-        feeds = infer("tokenizer", text_tensor([QUESTION]), card["inputs"], url, protocol)
+        asked = examples(card, [QUESTION])
+        feeds = infer("tokenizer", text_tensor(asked, TASKS[card["task"]].takes), card["inputs"], url, protocol)
         served = infer(EMBEDDERS[REFERENCE], feeds, [output], url, protocol)[output]
-        own = open_session(path).run([output], encode(load_tokenizer(tokenizer_path(repository)), [QUESTION], feeds))[0]
+        own = open_session(path).run([output], encode(load_tokenizer(tokenizer_path(repository)), asked, feeds))[0]
         rows = feeds[ATTENTION_MASK] if TASKS[card["task"]].per_token else np.ones((1, 1))
         error = deviations(own.reshape(1, -1, own.shape[-1]), served.reshape(1, -1, own.shape[-1]), rows)
         error = error["relative_l2_error"]

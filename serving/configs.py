@@ -4,8 +4,8 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from core.repository import EXPORT
-from core.tables import EMBEDDERS, ENGINES, MODELS, TEXT
-from tasks.table import TASKS
+from core.tables import EMBEDDERS, ENGINES, MODELS, SPANS
+from tasks.table import OWN, TASKS
 
 FIELD_ORDER = (
     "name",
@@ -44,12 +44,25 @@ def length_of(card):
     return card["max_length"] if card["fixed_length"] else -1
 
 
+def add_texts(config, card):
+    """What a request has: one string a row of each."""
+    for name in TASKS[card["task"]].takes:
+        config.input.add(name=name, data_type=pb.TYPE_STRING, dims=[1])
+
+
+def token_tensors(card):
+    """{name: dims} of what the tokenizer makes: the graph's inputs, and what the answer needs besides."""
+    task, length = TASKS[card["task"]], length_of(card)
+    further = [name for name in task.also if name not in (*task.takes, *card["inputs"])]
+    return {name: [length, 2] if name == SPANS else [length] for name in (*card["inputs"], *further)}
+
+
 def tokenizer_config(card, max_batch_size):
-    """TEXT -> INPUT_IDS, ATTENTION_MASK and, where the model wants them, TOKEN_TYPE_IDS."""
+    """Texts -> INPUT_IDS, ATTENTION_MASK and, where the model or the answer wants them, others."""
     config = pb.ModelConfig(name="tokenizer", backend="python", max_batch_size=max_batch_size)
-    config.input.add(name=TEXT, data_type=pb.TYPE_STRING, dims=[1])
-    for name in card["inputs"]:
-        config.output.add(name=name, data_type=pb.TYPE_INT64, dims=[length_of(card)])
+    add_texts(config, card)
+    for name, dims in token_tensors(card).items():
+        config.output.add(name=name, data_type=pb.TYPE_INT64, dims=dims)
     config.dynamic_batching.SetInParent()
     config.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_CPU)
     return config
@@ -77,31 +90,49 @@ def model_config(key, card, max_batch_size, engine, warmup_length):
 
 
 def postprocess_config(card, max_batch_size):
-    """The graph's outputs -> the task's results, and the outputs again, handed on."""
+    """The graph's outputs, and of the tokens and texts what the answer needs -> the task's results."""
     config = pb.ModelConfig(name="postprocess", backend="python", max_batch_size=max_batch_size)
     for name, dims in card["outputs"].items():
         config.input.add(name=name, data_type=pb.TYPE_FP32, dims=dims)
+    task, tokens = TASKS[card["task"]], token_tensors(card)
+    for name in task.also:
+        if name in task.takes:
+            config.input.add(name=name, data_type=pb.TYPE_STRING, dims=[1])
+        else:
+            config.input.add(name=name, data_type=pb.TYPE_INT64, dims=tokens[name])
     add_results(config, card)
     config.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_CPU)
     return config
 
 
 def add_results(config, card):
-    """What a service with answers returns."""
-    for name, (kind, dims) in TASKS[card["task"]].results.items():
+    """What a service returns: its answers, and the graph's outputs again where the task hands them on."""
+    task = TASKS[card["task"]]
+    for name, (kind, dims) in task.results.items():
         config.output.add(name=name, data_type=data_type(kind), dims=dims)
-    for name, dims in card["outputs"].items():
+    for name, dims in card["outputs"].items() if task.hands_on else ():
         config.output.add(name=name, data_type=pb.TYPE_FP32, dims=dims)
+
+
+def service_config(name, card, max_batch_size):
+    """Texts -> answers in one model, which asks the graph's model itself: a text may be more than one row there."""
+    config = pb.ModelConfig(name=name, backend="python", max_batch_size=max_batch_size)
+    add_texts(config, card)
+    add_results(config, card)
+    config.dynamic_batching.SetInParent()
+    config.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_CPU)
+    return config
 
 
 def ensemble_config(name, keys, card, max_batch_size):
     """TEXT -> the answers of one model, or of every model in `keys` where the task wants all of them."""
     task = TASKS[card["task"]]
     config = pb.ModelConfig(name=name, platform="ensemble", max_batch_size=max_batch_size)
-    config.input.add(name=TEXT, data_type=pb.TYPE_STRING, dims=[1])
+    add_texts(config, card)
     steps, tokens = config.ensemble_scheduling.step, {name: name for name in card["inputs"]}
-    steps.add(model_name="tokenizer", model_version=-1, input_map={TEXT: TEXT}, output_map=tokens)
-    if task.every_model:
+    texts, made = ({name: name for name in names} for names in (task.takes, token_tensors(card)))
+    steps.add(model_name="tokenizer", model_version=-1, input_map=texts, output_map=made)
+    if card["task"] == OWN:
         for key in keys:
             outputs = {output: f"{output}_{key}" for output in card["outputs"]}
             steps.add(model_name=EMBEDDERS[key], model_version=-1, input_map=tokens, output_map=outputs)
@@ -114,7 +145,8 @@ def ensemble_config(name, keys, card, max_batch_size):
     add_results(config, card)
     if task.answers:
         outputs = {output.name: output.name for output in config.output}
-        steps.add(model_name="postprocess", model_version=-1, input_map=inner, output_map=outputs)
+        further = {name: name for name in task.also}
+        steps.add(model_name="postprocess", model_version=-1, input_map=inner | further, output_map=outputs)
     return config
 
 

@@ -10,7 +10,6 @@ Prints: "build/reviews: reviews answers through model_TRT_FP16, up to 8 texts a 
 A repository holds all that its server needs; only the task's own has record and tokenizer in assets/ beside it.
 """
 
-import importlib
 import os
 import shutil
 from pathlib import Path
@@ -39,7 +38,8 @@ from core.tokens import encode, load_tokenizer
 from serving.check import check_repository, expected_configs
 from serving.configs import config_text
 from serving.plans import check_plan
-from tasks.table import TASKS
+from tasks.examples import answers_of, examples
+from tasks.table import OWN, TASKS
 
 WARMUP_TEXT = "A real text, for the first run of each model."
 TOKENIZER_CODE = ROOT / "model_repository" / "tokenizer" / "1" / "model.py"
@@ -95,9 +95,10 @@ def write_repository(repository, **service):
     service = {"precision": REFERENCE, "max_batch_size": MAX_BATCH_SIZE} | before | service
     card["service"] = {key: value for key, value in service.items() if value is not None}
     name = check_name(card["service"]["name"], repository)
-    if not task.every_model:
+    if card["task"] != OWN:
         choose(repository, card["service"]["precision"])
-    feeds = encode(load_tokenizer(tokenizer_path(repository)), [WARMUP_TEXT], card["inputs"])
+    tokenizer = load_tokenizer(tokenizer_path(repository))
+    feeds = encode(tokenizer, examples(card, [WARMUP_TEXT]), card["inputs"])
     for config in expected_configs(repository, card, feeds[INPUT_IDS].shape[1]):
         folder = repository / config.name
         (folder / "1").mkdir(parents=True, exist_ok=True)
@@ -107,14 +108,20 @@ def write_repository(repository, **service):
                 write_file(folder / "warmup" / tensor, np.ascontiguousarray(values[0], dtype="<i8").tobytes())
     write_file(repository / "tokenizer/1/model.py", TOKENIZER_CODE.read_bytes())
     if task.answers:
-        folder = repository / "postprocess/1"
-        write_file(folder / "model.py", (MODELS_CODE / "postprocess.py").read_bytes())
-        write_file(folder / "answers.py", (MODELS_CODE / "answers" / f"{task.answers}.py").read_bytes())
-        answers = importlib.import_module(f"serving.models.answers.{task.answers}")
-        write_json(folder / "settings.json", answers.settings_of(card))
+        write_answers(repository / (name if task.windows else "postprocess") / "1", card, tokenizer)
     if before.get("name") not in (None, name):  # read_card has held it against paths
         shutil.rmtree(repository / before["name"], ignore_errors=True)
     write_json(assets_of(repository) / RECORD, card)
+
+
+def write_answers(folder, card, tokenizer):
+    """The code that makes answers, its functions and their settings, as a version of a Python model."""
+    task = TASKS[card["task"]]
+    write_file(folder / "model.py", (MODELS_CODE / ("service.py" if task.windows else "postprocess.py")).read_bytes())
+    for name in ("__init__", task.answers):
+        write_file(folder / "answers" / f"{name}.py", (MODELS_CODE / "answers" / f"{name}.py").read_bytes())
+    settings = {"answers": task.answers, "model": EMBEDDERS[model_key(card["service"]["precision"])]}
+    write_json(folder / "settings.json", settings | answers_of(card["task"]).settings_of(card, tokenizer))
 
 
 def check_target(source, target):

@@ -43,9 +43,13 @@ def infer(model, tensors, outputs, url, protocol="http"):
     return {name: response.as_numpy(name) for name in outputs}
 
 
-def text_tensor(texts):
-    """{TEXT: [texts, 1]} as infer takes it."""
-    return {TEXT: np.array([[text.encode()] for text in texts], dtype=object)}
+def text_tensor(texts, names=(TEXT,)):
+    """{TEXT: [texts, 1]} as infer takes it; texts are tuples where a task takes several strings."""
+    columns = [texts] if len(names) == 1 else zip(*texts, strict=True)
+    return {
+        name: np.array([[text.encode()] for text in column], dtype=object)
+        for name, column in zip(names, columns, strict=True)
+    }
 
 
 def read_config(model, url, protocol):

@@ -1,39 +1,91 @@
 """The table of tasks: what differs between them; everything else loops over it.
 
-A further task is a row here, its module in tasks/ (the head, checks of a checkpoint, settings of its answers) and,
-where the graph's tensors are not yet an answer, a module in serving/models/answers/.
+A further task is a row here and, where the graph's tensor is not yet an answer, a module in serving/models/answers/.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from core.tables import EMBEDDING, INT8_TARGET, LABEL, LOGITS, SCORE
+from core.tables import (
+    ANSWER,
+    CONTEXT,
+    EMBEDDING,
+    END,
+    ENTITIES,
+    INPUT_IDS,
+    INT8_TARGET,
+    LABEL,
+    LOGITS,
+    QUESTION,
+    SCORE,
+    SPANS,
+    START,
+    TEXT,
+    TOKEN,
+    WORDS,
+)
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task. Dims are those of a row: the batch comes before them; -1 is dynamic."""
+    """One task. Dims are those of a row: the batch comes before them; -1 is dynamic, a name is an entry of the config."""
 
     auto_model: str  # class of transformers that loads the checkpoint
     module: str  # that makes the graph's module of it: load(args) -> (module, tokenizer, card)
     output: str  # the graph's output that precisions are compared on
-    per_token: bool  # whether it has a row per token: deviations are then means over texts, of real tokens
-    fixed_length: bool  # whether texts are padded to one length, else to the longest of a batch
-    token_types: bool  # whether the graph takes TOKEN_TYPE_IDS where the model has them
-    answers: str | None  # module in serving/models/answers/ that makes an answer of the output
-    results: dict  # name -> (Triton's type, dims) of what that module answers
-    every_model: bool  # whether a request gets the answer of every model, else that of the chosen precision
-    target: dict  # what the search for INT8 keeps
-    gate: dict | None  # what --check allows, where it is not that of the precision
+    dims: tuple  # of that output
+    takes: tuple = (TEXT,)  # what a request has, strings all
+    graph: str = "logits"  # function of tasks/graphs.py: what of the model's output becomes that of the graph
+    labelled: bool = False  # whether the checkpoint has to name its classes
+    also: tuple = ()  # what the answer needs of the tokens beside the graph's output
+    answers: str | None = None  # module in serving/models/answers/ that makes an answer of the output
+    results: dict = field(default_factory=dict)  # name -> (Triton's type, dims) of what that module answers
+    hands_on: bool = True  # whether a request gets the graph's output too
+    windows: bool = False  # whether a long text is read in several windows, by one model instead of an ensemble
+    target: dict = field(default_factory=lambda: LOGITS_TARGET)  # what the search for INT8 keeps
+    gate: dict | None = field(default_factory=lambda: LOGITS_GATE)  # what --check allows; None: that of the precision
 
+    @property
+    def per_token(self):
+        """Whether the output has a row per token: deviations are then means over texts, of real tokens."""
+        return self.dims[0] == -1
+
+    @property
+    def suffix(self):
+        """How the architectures end that have the task's head; "" where no head is needed."""
+        return self.auto_model.removeprefix("AutoModel")
+
+
+# the direction of two logits says little, so their cosine may be low: the relative error decides
+LOGITS_TARGET = {"relative_l2_error": 0.05, "mean_cosine": 0.9}
+LOGITS_GATE = {"relative_l2_error": 0.06, "mean_cosine": 0.9}
 
 TASKS = {
     "embedding": Task(
-        "AutoModel", "tasks.embedding", EMBEDDING, True, True, False, None, {}, True, INT8_TARGET, None
+        "AutoModel", "tasks.embedding", EMBEDDING, (-1, "num_outputs"), target=INT8_TARGET, gate=None,
     ),
-    # the direction of two logits says little, so their cosine may be low: the relative error decides
+    "sentence-embedding": Task(
+        "AutoModel", "tasks.heads", EMBEDDING, ("hidden_size",), graph="pooled", target=INT8_TARGET, gate=None,
+    ),
     "classification": Task(
-        "AutoModelForSequenceClassification", "tasks.classification", LOGITS, False, False, True, "classification",
-        {LABEL: ("STRING", [-1]), SCORE: ("FP32", [-1])}, False,
-        {"relative_l2_error": 0.05, "mean_cosine": 0.9}, {"relative_l2_error": 0.06, "mean_cosine": 0.9},
+        "AutoModelForSequenceClassification", "tasks.heads", LOGITS, ("num_labels",), labelled=True,
+        answers="classification", results={LABEL: ("STRING", [-1]), SCORE: ("FP32", [-1])},
+    ),
+    "token-classification": Task(
+        "AutoModelForTokenClassification", "tasks.heads", LOGITS, (-1, "num_labels"), labelled=True,
+        also=(SPANS, WORDS, TEXT), answers="token_classification", results={ENTITIES: ("STRING", [1])}, hands_on=False,
+    ),
+    "question-answering": Task(
+        "AutoModelForQuestionAnswering", "tasks.heads", LOGITS, (-1, 2), takes=(QUESTION, CONTEXT), graph="span_logits",
+        answers="question_answering", windows=True, hands_on=False,
+        results={
+            ANSWER: ("STRING", [-1]), SCORE: ("FP32", [-1]), START: ("INT64", [-1]), END: ("INT64", [-1]),
+            "START_LOGITS": ("FP32", [-1, -1]), "END_LOGITS": ("FP32", [-1, -1]),
+        },
+    ),
+    "fill-mask": Task(
+        "AutoModelForMaskedLM", "tasks.heads", LOGITS, ("vocab_size",), graph="masked_logits", also=(INPUT_IDS,),
+        answers="fill_mask", results={TOKEN: ("STRING", [-1]), SCORE: ("FP32", [-1])}, hands_on=False,
     ),
 }  # fmt: skip
+ALIASES = {"text-classification": "classification", "ner": "token-classification"}  # transformers' other names
+OWN = "embedding"  # the task of model_repository/: a request gets the answers of all its models

@@ -16,7 +16,7 @@ from core.repository import engine_of, graph_path, present, tokenizer_path
 from core.tables import EMBEDDERS, ENGINES, LOGITS, REFERENCE
 from core.tokens import encode, load_tokenizer
 from serving.server import SERVER_ERRORS, infer, read_config, read_server, text_tensor
-from tasks import classification
+from tasks import heads
 
 SAME_MODEL_ERROR = 0.05  # of a logit; FP32 arithmetic stays far below, another model far above
 SAME_GRAPH_ERROR = 1e-4  # of a logit; the same graph, tokens, batch and runtime give next to the same numbers
@@ -64,11 +64,13 @@ def torch_logits(args, card, texts):
     length = card["max_length"]
     original = vars(args) | {
         "max_length": length,
-        "labels": None,
+        "labels": card["labels"],
         "random_weights": False,
         "packaged_if_offline": False,
+        "hidden_state": False,
+        "task": card["task"],
     }
-    module, tokenizer, found = classification.load(Namespace(**original))
+    module, tokenizer, found = heads.load(Namespace(**original))
     for what, key, show in (("classes", "labels", len), ("weights", "weights_sha256", lambda digest: digest[:12])):
         if card.get(key) and show(found.get(key, card[key])) != show(card[key]):
             raise SystemExit(

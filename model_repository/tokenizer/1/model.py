@@ -1,4 +1,7 @@
-"""Tokenizer as a Triton model: TEXT -> INPUT_IDS, ATTENTION_MASK and, if asked for, TOKEN_TYPE_IDS.
+"""Tokenizer as a Triton model: TEXT -> INPUT_IDS, ATTENTION_MASK and what else the config names.
+
+QUESTION and CONTEXT are read as a pair. TOKEN_TYPE_IDS tells the two apart; SPANS has the first character of each token
+and the one behind its last, WORDS the number of its word, -1 for padding and for the tokenizer's own tokens.
 
 Reads assets/tokenizer/tokenizer.json, which torch2onnx.py writes with truncation and
 padding in it, and the tokenizers package from assets/site-packages. Both are found beside
@@ -14,7 +17,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 # tensor -> field of an encoding
-FIELDS = {"INPUT_IDS": "ids", "ATTENTION_MASK": "attention_mask", "TOKEN_TYPE_IDS": "type_ids"}
+FIELDS = {"INPUT_IDS": "ids", "ATTENTION_MASK": "attention_mask", "TOKEN_TYPE_IDS": "type_ids", "SPANS": "offsets"}
 
 
 class TritonPythonModel:
@@ -28,8 +31,9 @@ class TritonPythonModel:
 
         path = (own if alone else assets / "tokenizer") / "tokenizer.json"
         self.tokenizer = Tokenizer.from_file(str(path))
-        dims = {output["name"]: output["dims"] for output in json.loads(args["model_config"])["output"]}
-        self.outputs = list(dims)
+        config = json.loads(args["model_config"])
+        dims = {output["name"]: output["dims"] for output in config["output"]}
+        self.inputs, self.outputs = [tensor["name"] for tensor in config["input"]], list(dims)
         length = int(dims["INPUT_IDS"][0])
         if length == -1:  # as long as the longest text of a batch
             return
@@ -45,29 +49,36 @@ class TritonPythonModel:
         for index, request in enumerate(requests):
             start = len(texts)
             try:
-                texts += read_texts(request)
+                texts += read_texts(request, self.inputs)
             except ValueError as error:
                 errors[index] = str(error)
             spans.append(slice(start, len(texts)))
         encodings = self.tokenizer.encode_batch(texts)
-        tensors = {
-            name: np.array([getattr(e, FIELDS[name]) for e in encodings], dtype=np.int64) for name in self.outputs
-        }
+        tensors = {name: np.array([column(e, name) for e in encodings], dtype=np.int64) for name in self.outputs}
         return [
             failure(errors[index]) if index in errors else answer(tensors, span) for index, span in enumerate(spans)
         ]
 
 
-def read_texts(request):
-    """The request's texts, TEXT being bytes [batch, 1]. Raises ValueError if one is not UTF-8."""
-    values = pb_utils.get_input_tensor_by_name(request, "TEXT").as_numpy().reshape(-1)
-    texts = []
-    for row, value in enumerate(values):
-        try:
-            texts.append(value.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"TEXT: expected UTF-8, found {error} in row {row}; encode the text as UTF-8") from None
-    return texts
+def read_texts(request, names):
+    """The request's texts, bytes [batch, 1] each; pairs where there are two. Raises ValueError if one is not UTF-8."""
+    columns = []
+    for name in names:
+        columns.append([])
+        for row, value in enumerate(pb_utils.get_input_tensor_by_name(request, name).as_numpy().reshape(-1)):
+            try:
+                columns[-1].append(value.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{name}: expected UTF-8, found {error} in row {row}; encode it as UTF-8") from None
+    return columns[0] if len(names) == 1 else list(zip(*columns, strict=True))
+
+
+def column(encoding, name):
+    """One tensor's values of one text."""
+    if name != "WORDS":
+        return getattr(encoding, FIELDS[name])
+    own = zip(encoding.word_ids, encoding.special_tokens_mask, strict=True)
+    return [-1 if word is None or special else word for word, special in own]
 
 
 def answer(tensors, span):
@@ -77,4 +88,4 @@ def answer(tensors, span):
 
 def failure(message):
     """Response that carries only an error."""
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message))
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG))

@@ -2,11 +2,14 @@
 
 import numpy as np
 
+from . import read_count, softmax, strings
+
+PARAMETERS = ("top_k",)
 SCORE_OF = {"single_label_classification": "softmax", "multi_label_classification": "sigmoid"}
 
 
-def settings_of(card):
-    """What answer needs of a repository's record; it is written beside this file as settings.json."""
+def settings_of(card, tokenizer):
+    """Labels in the order of the logits, how scores are made, and the threshold, where one was chosen."""
     settings = {"labels": card["labels"], "score": SCORE_OF[card["problem_type"]]}
     threshold = card.get("service", {}).get("threshold")
     return settings | ({"threshold": threshold} if threshold else {})
@@ -28,11 +31,13 @@ def answer(tensors, settings, parameters):
     Raises ValueError where top_k is no number from 1 to the classes.
     """
     logits, labels = tensors["LOGITS"], settings["labels"]
-    count = read_top_k(parameters, len(labels))
+    count = read_count(parameters, "top_k", 1, len(labels), "the model's classes")
     scores = SCORES[settings["score"]](logits.astype(np.float64)).astype(np.float32)
     best = order(logits, labels, settings.get("threshold"))[:, :count]
-    names = np.array([name.encode() for name in labels], dtype=object)
-    return {"LABEL": names[best], "SCORE": np.take_along_axis(scores, best, axis=1)}
+    return {
+        "LABEL": strings([[labels[i] for i in row] for row in best]),
+        "SCORE": np.take_along_axis(scores, best, axis=1),
+    }
 
 
 def order(logits, labels, threshold):
@@ -43,24 +48,6 @@ def order(logits, labels, threshold):
     positive = logits[:, chosen] >= threshold["value"]
     first = np.where(positive, chosen, 1 - chosen)
     return np.stack([first, 1 - first], axis=1)
-
-
-def read_top_k(parameters, classes):
-    """The request's top_k. Raises ValueError where it is no number from 1 to the classes."""
-    value = parameters.get("top_k", 1)
-    try:
-        count = int(value)
-    except (TypeError, ValueError):
-        count = 0
-    if isinstance(value, bool) or not 1 <= count <= classes:
-        raise ValueError(f"top_k: expected 1 to {classes}, the model's classes; found {value}")
-    return count
-
-
-def softmax(logits):
-    """Scores that add up to 1: one label is right."""
-    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return shifted / shifted.sum(axis=1, keepdims=True)
 
 
 def sigmoid(logits):
