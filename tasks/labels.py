@@ -22,7 +22,7 @@ def read_labels(given, config, folder):
     given: a list of names, the path of a file, or None.
     """
     if isinstance(given, list):
-        return given if len(given) == config.num_labels else []
+        return given if len(given) == config.num_labels else [f"{GENERIC}{i}" for i in range(config.num_labels)]
     where = given or folder / "config.json"
     table = parse_labels(given) if given else {int(i): name for i, name in (config.id2label or {}).items()}
     count = config.num_labels

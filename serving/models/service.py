@@ -28,7 +28,9 @@ class TritonPythonModel:
         # beside this file, and the tokenizer's package: only now can they be found
         self.common = importlib.import_module("answers")
         self.answers = importlib.import_module(f"answers.{self.settings['answers']}")
-        self.tokenizer = importlib.import_module("tokenizers").Tokenizer.from_file(str(own / "tokenizer.json"))
+        load = importlib.import_module("tokenizers").Tokenizer.from_file
+        self.tokenizer, self.whole = (load(str(own / "tokenizer.json")) for _ in range(2))
+        self.whole.no_truncation()
         self.padding = self.tokenizer.padding
         self.tokenizer.no_padding()  # windows are padded to the longest of their batch
         length, overlap = self.settings["max_length"], self.settings["overlap"]
@@ -51,10 +53,13 @@ class TritonPythonModel:
             self.common.check_known(parameters_of(request), self.answers.PARAMETERS)
             self.answers.read_parameters(parameters_of(request))
             pairs = zip(*(texts_of(request, name) for name in INPUTS), strict=True)
-            encode = self.answers.encode
-            return [(context, encode(self.tokenizer, question, context, self.settings)) for question, context in pairs]
+            return [(context, self.windows(question, context)) for question, context in pairs]
         except ValueError as error:
             return str(error)
+
+    def windows(self, question, context):
+        """Encodings of a question and its context."""
+        return self.answers.encode(self.tokenizer, self.whole, question, context, self.settings)
 
     async def ask(self, windows):
         """float32 [length, 2] of each window, from the graph's model."""

@@ -36,16 +36,17 @@ def read_parameters(parameters):
     return top_k, longest, no_answer
 
 
-def encode(tokenizer, question, context, settings):
+def encode(tokenizer, whole, question, context, settings):
     """Windows of a question and its context, as encodings. Raises ValueError where they cannot be read.
 
-    tokenizer: without padding, truncating the second text alone, with the settings' overlap.
+    tokenizer: without padding, truncating the second text alone, with the settings' overlap; whole: the same one without
+    truncation.
     """
     for name, text in (("QUESTION", question), ("CONTEXT", context)):
         if not text.strip():
             raise ValueError(f"{name}: expected text, found none")
     room = settings["max_length"] - 2 * settings["overlap"] - tokenizer.num_special_tokens_to_add(True)
-    tokens = len(tokenizer.encode(question, add_special_tokens=False).ids)
+    tokens = len(whole.encode(question, add_special_tokens=False).ids)
     if tokens > room:
         raise ValueError(f"QUESTION: expected at most {room} tokens, which leave room for the context; found {tokens}")
     first = tokenizer.encode(question, context)
