@@ -10,7 +10,8 @@
 #                             pip-installed Triton (default auto: gpu where there is
 #                             Docker and a GPU)
 #   --model-repository DIR    of any task; default model_repository/ beside this script,
-#                             which has record and tokenizer in assets/ beside it
+#                             which has record and tokenizer in assets/ beside it; again for
+#                             several repositories in one server
 #   --http-port N  --grpc-port N  --metrics-port N      8000, 8001, 8002
 #   --timeout-s N             how long models may load, 300
 # Reads:  the model repository. Writes: build/serve/<http port>/.
@@ -37,13 +38,13 @@ parse_args() {
     -h | --help) usage && exit 0 ;;
     *) fail "expected start, stop, status or run, found '$command'; see -h" 2 ;;
   esac
-  device=auto repository=$ROOT/model_repository
+  device=auto repositories=()
   http_port=8000 grpc_port=8001 metrics_port=8002 timeout_s=300
   while [ $# -gt 0 ]; do
     [ $# -gt 1 ] || fail "$1: expected a value; see -h" 2
     case $1 in
       --device) device=$2 ;;
-      --model-repository) repository=$2 ;;
+      --model-repository) repositories+=("$2") ;;
       --http-port) http_port=$2 ;;
       --grpc-port) grpc_port=$2 ;;
       --metrics-port) metrics_port=$2 ;;
@@ -52,6 +53,7 @@ parse_args() {
     esac
     shift 2
   done
+  [ ${#repositories[@]} -gt 0 ] || repositories=("$ROOT/model_repository")
   local number
   for number in "$http_port" "$grpc_port" "$metrics_port" "$timeout_s"; do
     [[ $number =~ ^[0-9]+$ ]] || fail "expected a number, found '$number'; see -h" 2
@@ -80,11 +82,16 @@ server_pid() {
 start_time() { sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | cut -d' ' -f20; }
 
 check() {
-  local port plans=()
-  [ "$device" = cpu ] || plans=(--plans)
-  [ -d "$repository" ] || fail "--model-repository: expected a folder, found none at $repository"
-  repository=$(realpath "$repository")
-  module serving.check --repository "$repository" "${plans[@]}" || exit 1
+  local port i options=()
+  [ "$device" = cpu ] || options=(--plans)
+  for i in "${!repositories[@]}"; do
+    [ -d "${repositories[i]}" ] || fail "--model-repository: expected a folder, found none at ${repositories[i]}"
+    repositories[i]=$(realpath "${repositories[i]}")
+    options+=(--repository "${repositories[i]}")
+  done
+  module serving.check "${options[@]}" || exit 1
+  # every repository has its own tokenizer and model_ONNX
+  shared=() && [ ${#repositories[@]} -eq 1 ] || shared=(--model-namespacing=true)
   for port in "$http_port" "$grpc_port" "$metrics_port"; do
     if (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
       fail "port $port: expected it free, found a program listening; stop it or choose --http-port, --grpc-port, --metrics-port"
@@ -113,7 +120,7 @@ prepare_cpu() {
   export PATH LD_LIBRARY_PATH=$triton/../../nvidia_pytriton.libs${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
   server=(
     "$triton/bin/tritonserver"
-    "--model-repository=$repository"
+    "${repositories[@]/#/--model-repository=}" "${shared[@]}"
     "--backend-directory=$backends"
     --exit-timeout-secs=5 # an idle keep-alive connection would hold the end up for 30
     --http-address=127.0.0.1 "--http-port=$http_port"
@@ -124,18 +131,21 @@ prepare_cpu() {
 
 prepare_gpu() {
   has_gpu || fail "--device gpu: expected Docker and an NVIDIA GPU, found neither or one; install both, or use --device cpu"
-  local image mount mounts
+  local image mount mounts=() inside=() i target
   image=$(module serving.ask image)
-  mount=$(module serving.ask mount "$repository" /models) || exit 1
-  mounts=(--mount "$mount")
-  if [ ! -f "$repository/model.json" ]; then # the task's own; any other holds all that its server needs
-    mount=$(module serving.ask mount "$(dirname "$repository")/assets" /assets) || exit 1
-    mounts+=(--mount "$mount")
-  fi
+  for i in "${!repositories[@]}"; do
+    target=/models && [ "$i" -eq 0 ] || target=/models-$((i + 1))
+    mount=$(module serving.ask mount "${repositories[i]}" "$target") || exit 1
+    mounts+=(--mount "$mount") inside+=("--model-repository=$target")
+    if [ ! -f "${repositories[i]}/model.json" ]; then # the task's own; any other holds all that its server needs
+      mount=$(module serving.ask mount "$(dirname "${repositories[i]}")/assets" /assets) || exit 1
+      mounts+=(--mount "$mount")
+    fi
+  done
   server=(
     docker run --rm "--name=triton-$http_port" --gpus all --shm-size=1g --ulimit memlock=-1
     -p "127.0.0.1:$http_port:8000" -p "127.0.0.1:$grpc_port:8001" -p "127.0.0.1:$metrics_port:8002"
-    "${mounts[@]}" "$image" tritonserver --model-repository=/models
+    "${mounts[@]}" "$image" tritonserver "${inside[@]}" "${shared[@]}"
   )
 }
 

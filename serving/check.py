@@ -41,6 +41,7 @@ from tasks.examples import examples
 from tasks.table import OWN, TASKS
 
 ONNX_TYPES = {onnx.TensorProto.INT64: "INT64", onnx.TensorProto.FLOAT: "FP32"}
+GRAPH = "_graph"  # behind a service's name: how it calls its graph
 SAME_MODEL_L2 = 0.05  # TF32 on a GPU stays far below, another model far above
 QUESTION = "Is the model behind the server the one in the repository?"
 
@@ -58,6 +59,7 @@ def expected_configs(repository, card, warmup_length):
     found = [configs.tokenizer_config(card, batch)]
     if task.windows:
         found += [configs.service_config(service["name"], card, batch)]
+        found += [configs.graph_config(service["name"] + GRAPH, answering[0], card, batch)]
     else:
         found += [configs.ensemble_config(service["name"], answering, card, batch)]
         found += [configs.postprocess_config(card, batch)] if task.answers else []
@@ -187,14 +189,24 @@ def check_served(repository, card, server, url, protocol="http"):
 
 def parse_args():
     parser = make_parser(__doc__)
-    parser.add_argument("--repository", type=Path, required=True)
+    parser.add_argument("--repository", type=Path, action="append", required=True, help="again for those of one server")
     parser.add_argument("--plans", action="store_true", help="hold the TensorRT plans against this GPU and the image")
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    print(f"{args.repository.name}: {check_repository(args.repository, args.plans)}; graphs and configs agree")
+    names = {}
+    for repository in args.repository:
+        said = check_repository(repository, args.plans)
+        name = read_card(repository)["service"]["name"]
+        if name in names:
+            raise SystemExit(
+                f"{repository}: expected services of different names, found {name!r} in {names[name]} too; rename one with "
+                f"python -m serving.repository --repository {repository} --name NAME"
+            )
+        names[name] = repository
+        print(f"{repository.name}: {said}; graphs and configs agree")
 
 
 if __name__ == "__main__":

@@ -124,6 +124,18 @@ def service_config(name, card, max_batch_size):
     return config
 
 
+def graph_config(name, key, card, max_batch_size):
+    """The graph under a name of the service's own, by which its model finds it where one server has several repositories."""
+    config = pb.ModelConfig(name=name, platform="ensemble", max_batch_size=max_batch_size)
+    for tensor in card["inputs"]:
+        config.input.add(name=tensor, data_type=pb.TYPE_INT64, dims=[length_of(card)])
+    for tensor, dims in card["outputs"].items():
+        config.output.add(name=tensor, data_type=pb.TYPE_FP32, dims=dims)
+    given, made = ({name: name for name in card[part]} for part in ("inputs", "outputs"))
+    config.ensemble_scheduling.step.add(model_name=EMBEDDERS[key], model_version=-1, input_map=given, output_map=made)
+    return config
+
+
 def ensemble_config(name, keys, card, max_batch_size):
     """TEXT -> the answers of one model, or of every model in `keys` where the task wants all of them."""
     task = TASKS[card["task"]]

@@ -35,7 +35,7 @@ from core.repository import (
 )
 from core.tables import EMBEDDERS, ENGINES, INPUT_IDS, MAX_BATCH_SIZE, MODELS, REFERENCE, SERVED, model_key
 from core.tokens import encode, load_tokenizer
-from serving.check import check_repository, expected_configs
+from serving.check import GRAPH, check_repository, expected_configs
 from serving.configs import config_text
 from serving.plans import check_plan
 from tasks.examples import answers_of, examples
@@ -110,7 +110,8 @@ def write_repository(repository, **service):
     if task.answers:
         write_answers(repository / (name if task.windows else "postprocess") / "1", card, tokenizer)
     if before.get("name") not in (None, name):  # read_card has held it against paths
-        shutil.rmtree(repository / before["name"], ignore_errors=True)
+        for folder in (before["name"], before["name"] + GRAPH):
+            shutil.rmtree(repository / folder, ignore_errors=True)
     write_json(assets_of(repository) / RECORD, card)
 
 
@@ -120,7 +121,7 @@ def write_answers(folder, card, tokenizer):
     write_file(folder / "model.py", (MODELS_CODE / ("service.py" if task.windows else "postprocess.py")).read_bytes())
     for name in ("__init__", task.answers):
         write_file(folder / "answers" / f"{name}.py", (MODELS_CODE / "answers" / f"{name}.py").read_bytes())
-    settings = {"answers": task.answers, "model": EMBEDDERS[model_key(card["service"]["precision"])]}
+    settings = {"answers": task.answers, "graph": card["service"]["name"] + GRAPH}
     write_json(folder / "settings.json", settings | answers_of(card["task"]).settings_of(card, tokenizer))
 
 

@@ -73,7 +73,7 @@ class TritonPythonModel:
         """float32 [windows, length, 2] of at most as many windows as the graph takes."""
         inputs = [pb_utils.Tensor(name, self.pad(windows, name)) for name in self.settings["inputs"]]
         request = pb_utils.InferenceRequest(
-            model_name=self.settings["model"], requested_output_names=["LOGITS"], inputs=inputs
+            model_name=self.settings["graph"], requested_output_names=["LOGITS"], inputs=inputs
         )
         response = await request.async_exec()
         if response.has_error():
