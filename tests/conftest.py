@@ -9,6 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -71,11 +73,23 @@ def free_ports(count):
     return ports
 
 
-def start_server(repository):
+def start_server(*repositories):
     """Start the CPU server on free ports. Returns (process of serve.sh, ports)."""
     http, grpc, metrics = free_ports(3)
-    ports = ("--http-port", http, "--grpc-port", grpc, "--metrics-port", metrics)
-    return run("serve.sh", "start", "--device", "cpu", "--model-repository", repository, *ports), (http, grpc)
+    options = ["--http-port", http, "--grpc-port", grpc, "--metrics-port", metrics]
+    for repository in repositories:
+        options += ["--model-repository", repository]
+    return run("serve.sh", "start", "--device", "cpu", *options), (http, grpc)
+
+
+def post(service, path, body):
+    """POST as curl would, to v2/models/<path>; returns (status, answer)."""
+    url = f"http://{service.http}/v2/models/{path}"
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode()), timeout=60) as response:
+            return response.status, json.loads(response.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
 
 
 def copy_repository(chain, folder):

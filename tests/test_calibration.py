@@ -9,7 +9,7 @@ from conftest import copy_repository, run, run_here
 import client
 import quantize
 from core import files
-from core.repository import tokenizer_path
+from core.repository import read_card, tokenizer_path
 from core.tables import ATTENTION_MASK, INPUT_IDS
 from core.tokens import encode, load_tokenizer
 from precision import calibration, int8_graph, int8_recipes
@@ -49,7 +49,7 @@ def test_too_few_calibration_texts_are_refused(exported, tmp_path, lines, word):
 
 def load_calibration_texts(exported, path, capsys):
     tokenizer = load_tokenizer(tokenizer_path(exported.repository))
-    _, facts = calibration.load_texts(path, tokenizer, [INPUT_IDS, ATTENTION_MASK], 32)
+    _, facts = calibration.load_texts(path, tokenizer, read_card(exported.repository), 32)
     return facts, capsys.readouterr().err
 
 

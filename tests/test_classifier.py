@@ -123,7 +123,7 @@ def refuse(tmp_path, model, *words, options=()):
 
 
 def test_refuses_a_checkpoint_without_a_head(tmp_path):
-    refuse(tmp_path, MINILM, "classification head", "BertModel", "train_classifier.py")
+    refuse(tmp_path, MINILM, "the head of --task classification", "BertModel", "train_classifier.py")
 
 
 def test_refuses_a_head_that_is_only_in_the_config(tmp_path):

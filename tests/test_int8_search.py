@@ -136,8 +136,8 @@ def test_a_strict_target_leaves_some_matmuls_in_floating_point(searched):
 
 
 def test_the_written_graphs_meet_the_strict_target(searched, exported):
-    tokenizer, inputs = load_tokenizer(tokenizer_path(exported.repository)), read_card(exported.repository)["inputs"]
-    parts, facts = calibration.load_texts(searched[0].texts, tokenizer, inputs, 32)
+    tokenizer, card = load_tokenizer(tokenizer_path(exported.repository)), read_card(exported.repository)
+    parts, facts = calibration.load_texts(searched[0].texts, tokenizer, card, 32)
     record = sensitivity(searched[0])
     assert facts == record["texts"]
     reference = onnx.load(graph_path(searched[0].repository, "ONNX"))

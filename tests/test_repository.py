@@ -159,7 +159,7 @@ def test_code_in_a_repository_is_the_projects(reviews):
     for name, source in (
         ("tokenizer/1/model.py", "model_repository/tokenizer/1/model.py"),
         ("postprocess/1/model.py", "serving/models/postprocess.py"),
-        ("postprocess/1/answers.py", "serving/models/answers/classification.py"),
+        ("postprocess/1/answers/classification.py", "serving/models/answers/classification.py"),
     ):
         assert (reviews.repository / name).read_bytes() == (ROOT / source).read_bytes()
 

@@ -1,6 +1,5 @@
 """The real server: answers to hard texts, errors for bad requests, starting and stopping."""
 
-import json
 import threading
 import urllib.error
 import urllib.request
@@ -10,6 +9,7 @@ import pytest
 import transformers
 import tritonclient.grpc
 import tritonclient.http
+from conftest import post
 from tritonclient.utils import InferenceServerException
 
 import client
@@ -27,16 +27,6 @@ HARD_TEXTS = {
 }
 
 
-def post(chain, model, body):
-    """POST as curl would; returns (status, answer)."""
-    url = f"http://{chain.http}/v2/models/{model}/infer"
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode()), timeout=60) as response:
-            return response.status, json.loads(response.read())
-    except urllib.error.HTTPError as error:
-        return error.code, json.loads(error.read())
-
-
 def text_input(*texts):
     return {"inputs": [{"name": "TEXT", "shape": [len(texts), 1], "datatype": "BYTES", "data": list(texts)}]}
 
@@ -46,7 +36,7 @@ def assert_ready(chain):
 
 
 def test_one_text_by_curl_gets_five_embeddings(chain):
-    status, answer = post(chain, "ensemble", text_input("hello world"))
+    status, answer = post(chain, "ensemble/infer", text_input("hello world"))
     assert status == 200
     assert {o["name"]: o["shape"] for o in answer["outputs"]} == {name: [1, 128, 2] for name in OUTPUTS}
 
@@ -137,7 +127,7 @@ def test_a_text_that_is_not_utf8_fails_alone(chain):
     ids=["batch of 9", "wrong shape", "wrong name", "wrong type"],
 )
 def test_bad_request_gets_an_error_that_says_which_limit(chain, body, words):
-    status, answer = post(chain, "ensemble", body)
+    status, answer = post(chain, "ensemble/infer", body)
     assert status == 400 and all(word in answer["error"] for word in words), answer
     assert_ready(chain)
 
@@ -145,7 +135,7 @@ def test_bad_request_gets_an_error_that_says_which_limit(chain, body, words):
 def test_ids_of_another_length_are_refused(chain):
     ids = {"shape": [1, 64], "datatype": "INT64", "data": [1] * 64}
     status, answer = post(
-        chain, "model_TRT_INT8", {"inputs": [{"name": n, **ids} for n in ("INPUT_IDS", "ATTENTION_MASK")]}
+        chain, "model_TRT_INT8/infer", {"inputs": [{"name": n, **ids} for n in ("INPUT_IDS", "ATTENTION_MASK")]}
     )
     assert status == 400 and "[-1,128]" in answer["error"]
 

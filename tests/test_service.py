@@ -1,15 +1,14 @@
 """A classifier's service: the functions behind its answers, and the answers of the real server."""
 
 import itertools
-import json
-import urllib.error
-import urllib.request
 
 import numpy as np
 import pytest
+from conftest import post
 
 from core import onnx_runtime, tables, tokens
 from serving import server
+from serving.models import answers
 from serving.models.answers import classification
 
 SETTINGS = {"labels": ["negative", "positive"], "score": "softmax"}
@@ -24,15 +23,15 @@ def test_scores_are_stable_and_right():
     np.testing.assert_allclose(classification.sigmoid(logits), [[1, 1], [0, 0.5], [0.5, 0.75]], atol=1e-12)
 
 
-@pytest.mark.parametrize("value", [0, 3, -1, "many", None, True, [1]])
+@pytest.mark.parametrize("value", [0, 3, -1, "many", None, True, [1], 1.5, float("inf"), float("nan")])
 def test_top_k_outside_the_classes_is_refused(value):
     with pytest.raises(ValueError, match="top_k: expected 1 to 2"):
-        classification.read_top_k({"top_k": value}, 2)
+        answers.read_count({"top_k": value}, "top_k", 1, 2, "the classes")
 
 
 def test_top_k_is_one_unless_asked():
     for parameters, expected in (({}, 1), ({"top_k": 2}, 2), ({"top_k": "2"}, 2)):
-        assert classification.read_top_k(parameters, 2) == expected
+        assert answers.read_count(parameters, "top_k", 1, 2, "the classes") == expected
 
 
 def test_the_largest_logit_is_the_label_unless_there_is_a_threshold():
@@ -47,16 +46,6 @@ def test_the_largest_logit_is_the_label_unless_there_is_a_threshold():
 
 
 # --- the service ---------------------------------------------------------------------
-
-
-def post(service, path, body):
-    """POST as curl would; returns (status, answer)."""
-    url = f"http://{service.http}/v2/models/{path}"
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode()), timeout=60) as response:
-            return response.status, json.loads(response.read())
-    except urllib.error.HTTPError as error:
-        return error.code, json.loads(error.read())
 
 
 def test_curl_gets_a_label_and_its_score(service):
