@@ -13,6 +13,7 @@
 #                          placeholder ranges of -2 to 2 and -4 to 4 on every tensor: what
 #                          becomes INT8 is fast, and its embeddings mean nothing
 #   --opt-batch N          the batch that tactics are chosen for, default 4
+#   --opt-length N         and the length, where it is dynamic, default 128
 #   --workspace MIB        memory that a tactic may use, default: all
 #   --timing-cache FILE    default build/trt/timing.cache
 #   --model-repository DIR  --results DIR
@@ -39,12 +40,12 @@ module() { (cd "$ROOT" && "$python" -m "$@"); }
 parse_args() {
   python=$ROOT/.venv/bin/python
   [ -x "$python" ] || python=$(command -v python3) || fail "expected python3 on PATH, found none; run ./install.sh"
-  dry_run='' docker='' build_options=() tf32=() plain='' opt_batch=() workspace=()
+  dry_run='' docker='' build_options=() tf32=() plain='' optimal=() workspace=()
   cache=$LOGS/timing.cache repository=$ROOT/model_repository results=$ROOT/results
   read -ra precisions <<<"$(module serving.ask precisions)"
   while [ $# -gt 0 ]; do
     case $1 in
-      --only | --opt-batch | --workspace | --timing-cache | --model-repository | --results)
+      --only | --opt-batch | --opt-length | --workspace | --timing-cache | --model-repository | --results)
         [ $# -gt 1 ] || fail "$1: expected a value; see -h" 2
         ;;
     esac
@@ -59,9 +60,9 @@ parse_args() {
         [[ " ${precisions[*]} " == *" $2 "* ]] || fail "--only: expected ${precisions[*]}, found '$2'" 2
         precisions=("$2") && shift
         ;;
-      --opt-batch | --workspace)
+      --opt-batch | --opt-length | --workspace)
         [[ $2 =~ ^[1-9][0-9]{0,8}$ ]] || fail "$1: expected a number from 1, found '$2'" 2
-        if [ "$1" = --opt-batch ]; then opt_batch=("$1" "$2"); else workspace=("--memPoolSize=workspace:$2"); fi
+        if [ "$1" = --workspace ]; then workspace=("--memPoolSize=workspace:$2"); else optimal+=("$1" "$2"); fi
         shift
         ;;
       --timing-cache) cache=$2 && shift ;;
@@ -184,7 +185,7 @@ main() {
   [ -n "$dry_run" ] || mkdir -p "$(dirname "$cache")" # Docker mounts only what is there
   read_version
   local precision failed=() lines
-  lines=$(module serving.build shapes --repository "$repository" "${opt_batch[@]}") || exit $?
+  lines=$(module serving.build shapes --repository "$repository" "${optimal[@]}") || exit $?
   mapfile -t shapes <<<"$lines"
   if [ -n "$dry_run" ]; then
     echo "# TensorRT $major (${trtexec[0]})" >&2

@@ -142,16 +142,18 @@ def measure_all(args, record, models, unfinished, partial):
     from core.repository import graph_path, tokenizer_path
     from core.tokens import load_tokenizer
     from serving import bare, load
+    from tasks.examples import examples
 
-    names, texts, engines = record["model"]["inputs"], read_texts(TEXTS), record["server"]["engines"]
+    card, engines = record["model"], record["server"]["engines"]
+    requests = examples(card, read_texts(TEXTS))
     tokenizer = load_tokenizer(tokenizer_path(args.repository))
     with tempfile.TemporaryDirectory() as temporary:
         tool = find_perf_analyzer(args.docker, temporary)
-        inputs = load.write_inputs(texts, tokenizer, names, Path(temporary))
+        inputs = load.write_inputs(card, requests, tokenizer, Path(temporary))
         if not any(engine.startswith("TensorRT") for engine in engines.values()):
             graphs = {key: graph_path(args.repository, key) for key in models if key in engines}
             window_s = args.window_s / (2 if args.quick else 1)
-            record["bare_infer_per_s"] = bare.measure_bare(graphs, texts, tokenizer, names, window_s)
+            record["bare_infer_per_s"] = bare.measure_bare(graphs, requests, tokenizer, card["inputs"], window_s)
         windows = len(record["planned"]) * (1 + args.rounds)
         with tqdm(total=windows, desc="perf", unit="window", mininterval=1) as progress:
             for concurrency in args.concurrency:

@@ -98,6 +98,8 @@ EMBEDDING, HIDDEN_STATE, LOGITS = "EMBEDDING", "HIDDEN_STATE", "LOGITS"
 LABEL, SCORE, ENTITIES, TOKEN = "LABEL", "SCORE", "ENTITIES", "TOKEN"
 QUESTION, CONTEXT, ANSWER, START, END = "QUESTION", "CONTEXT", "ANSWER", "START", "END"
 
+GRAPH = "_graph"  # behind a service's name: the model by which it calls its graph
+
 MAX_LENGTH = 128  # tokens per text of the task's own embedders
 MAX_BATCH_SIZE = 8  # the largest batch of the plans: --maxShapes of build_trt.sh
 OPT_BATCH_SIZE = 4  # the batch that a plan's tactics are chosen for

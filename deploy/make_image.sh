@@ -3,7 +3,8 @@
 # Usage: deploy/make_image.sh MODEL [options]      make it
 #        deploy/make_image.sh clean [--name N]     remove what this script made, nothing else
 #   MODEL                  a repository of any task; or a package of verdicts.py; or a
-#                          checkpoint, as torch2onnx.py --task classification takes it
+#                          checkpoint, as torch2onnx.py takes it
+#   --task T               of a checkpoint (default: classification)
 #   --name N               of the service and of the build context (default: MODEL's own)
 #   --tag T                of the image (default: <name>:<precision>)
 #   --precision P          ONNX, FP32, FP16, INT8 or BEST (default: ONNX, or the package's)
@@ -33,7 +34,7 @@ find_python() {
 }
 
 parse_args() {
-  model=${1:-} name='' tag='' precision='' batch=() gpu='' dry_run='' build=1
+  model=${1:-} name='' tag='' precision='' batch=() gpu='' dry_run='' build=1 task=classification
   case $model in
     -h | --help) usage && exit 0 ;;
     '' | --*) fail "expected MODEL or clean first, found '$model'; see -h" 2 ;;
@@ -41,12 +42,13 @@ parse_args() {
   shift
   while [ $# -gt 0 ]; do
     case $1 in
-      --name | --tag | --precision | --max-batch-size) [ $# -gt 1 ] || fail "$1: expected a value; see -h" 2 ;;
+      --name | --tag | --task | --precision | --max-batch-size) [ $# -gt 1 ] || fail "$1: expected a value; see -h" 2 ;;
     esac
     case $1 in
       -h | --help) usage && exit 0 ;;
       --name) name=$2 && shift ;;
       --tag) tag=$2 && shift ;;
+      --task) task=$2 && shift ;;
       --precision) precision=$2 && shift ;;
       --max-batch-size) batch=(--max-batch-size "$2") && shift ;;
       --gpu) gpu=1 ;;
@@ -107,7 +109,7 @@ find_repository() {
     # not build/<name>: that may be the checkpoint, or a repository with graphs that are still wanted
     repository=$context/export
     run rm -rf "$repository"
-    run "$python" "$ROOT/torch2onnx.py" --task classification --model "$model" --name "$name" --repository "$repository"
+    run "$python" "$ROOT/torch2onnx.py" --task "$task" --model "$model" --name "$name" --repository "$repository"
     [ "$precision" = ONNX ] || run "$python" "$ROOT/quantize.py" --repository "$repository" --only "$precision"
   fi
 }

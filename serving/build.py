@@ -19,7 +19,7 @@ from pathlib import Path
 from core.files import REPOSITORY, RESULTS, read_json, replace_when_done, sha256, write_json
 from core.record import environment_record, gpu_record, results_folder
 from core.repository import check_made_from, graph_path, graph_properties, read_card, read_graph, weight_matmuls
-from core.tables import OPT_BATCH_SIZE, PRECISIONS, REFERENCE, SERVED, model_key
+from core.tables import OPT_BATCH_SIZE, OPT_LENGTH, PRECISIONS, REFERENCE, SERVED, model_key
 from serving.plans import REMEDY, plan_path, shapes
 
 # "Format/Datatype" of a layer's tensors: Half, Float, "Row major linear FP32", "Row major Int8 format"
@@ -152,10 +152,13 @@ def describe(manifest):
 def show_shapes(args):
     """Print trtexec's shapes, three lines: smallest, optimal and largest."""
     card = read_card(args.repository)
-    largest = card["service"]["max_batch_size"]
-    if args.opt_batch is not None and not 1 <= args.opt_batch <= largest:
-        args.parser.error(f"--opt-batch: expected 1 to {largest}, found {args.opt_batch}")
-    for batch, length in shapes(card, args.opt_batch or OPT_BATCH_SIZE):
+    for option, value, largest in (
+        ("--opt-batch", args.opt_batch, card["service"]["max_batch_size"]),
+        ("--opt-length", args.opt_length, card["max_length"]),
+    ):
+        if value is not None and not 1 <= value <= largest:
+            args.parser.error(f"{option}: expected 1 to {largest}, found {value}")
+    for batch, length in shapes(card, args.opt_batch or OPT_BATCH_SIZE, args.opt_length or OPT_LENGTH):
         print(",".join(f"{name}:{batch}x{length}" for name in card["inputs"]))
 
 
@@ -205,6 +208,7 @@ def parse_args():
 
     new = command("shapes", show_shapes, "print trtexec's smallest, optimal and largest shapes")
     new.add_argument("--opt-batch", type=int, help=f"default {OPT_BATCH_SIZE}")
+    new.add_argument("--opt-length", type=int, help=f"where the length is dynamic; default {OPT_LENGTH}")
     new = command("graphs", check_graphs, "fail if a typed graph is missing or older than the reference")
     new.add_argument("precisions", nargs="+", choices=SERVED)
     new = command("record", record, "prove a plan, write its manifest, move it into place")

@@ -32,7 +32,7 @@ from core.repository import (
     site_packages,
     tokenizer_path,
 )
-from core.tables import ATTENTION_MASK, EMBEDDERS, MAX_BATCH_SIZE, MODELS, PINNED_TENSORRT, REFERENCE, model_key
+from core.tables import ATTENTION_MASK, EMBEDDERS, GRAPH, MAX_BATCH_SIZE, MODELS, PINNED_TENSORRT, REFERENCE, model_key
 from core.tokens import encode, load_tokenizer
 from serving import configs
 from serving.plans import check_plan, check_served_plans
@@ -41,7 +41,6 @@ from tasks.examples import examples
 from tasks.table import OWN, TASKS
 
 ONNX_TYPES = {onnx.TensorProto.INT64: "INT64", onnx.TensorProto.FLOAT: "FP32"}
-GRAPH = "_graph"  # behind a service's name: how it calls its graph
 SAME_MODEL_L2 = 0.05  # TF32 on a GPU stays far below, another model far above
 QUESTION = "Is the model behind the server the one in the repository?"
 

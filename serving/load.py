@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from core.repository import present
-from core.tables import EMBEDDERS, TEXT
+from core.tables import EMBEDDERS
 from core.tokens import encode
 from serving.counters import (
     called_models,
@@ -24,6 +24,7 @@ from serving.counters import (
     read_statistics,
 )
 from serving.perf_analyzer import Hung, Refused, run_requests
+from tasks.table import TASKS
 
 ROUNDS = 3
 TRIES = 3  # of a window in which perf_analyzer hangs
@@ -60,12 +61,19 @@ def served_models(repository, card):
     return models | {"tokenizer": "tokenizer", "ensemble": card["service"]["name"]}
 
 
-def write_inputs(texts, tokenizer, names, folder):
-    """{what a model takes: perf_analyzer's JSON}; its own random ids would be out of vocabulary."""
-    of_texts = [{TEXT: {"content": [text], "shape": [1]}} for text in texts]
+def write_inputs(card, requests, tokenizer, folder):
+    """{what a model takes: perf_analyzer's JSON}; its own random ids would be out of vocabulary.
+
+    requests: what tasks.examples makes of texts.
+    """
+    takes = TASKS[card["task"]].takes
+    rows = [request if len(takes) > 1 else (request,) for request in requests]
+    of_texts = [
+        {name: {"content": [text], "shape": [1]} for name, text in zip(takes, row, strict=True)} for row in rows
+    ]
     of_tokens = [
-        {name: {"content": ids[0].tolist(), "shape": [ids.shape[1]]} for name, ids in encode(tokenizer, [t], names).items()}
-        for t in texts
+        {name: {"content": ids[0].tolist(), "shape": [ids.shape[1]]} for name, ids in encode(tokenizer, [r], card["inputs"]).items()}
+        for r in requests
     ]  # fmt: skip
     paths = {"texts": folder / "texts.json", "tokens": folder / "tokens.json"}
     for path, data in zip(paths.values(), (of_texts, of_tokens), strict=True):

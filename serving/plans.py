@@ -16,10 +16,10 @@ def plan_path(repository, key):
     return graph_path(repository, key).with_name("model.plan")
 
 
-def shapes(card, opt_batch=OPT_BATCH_SIZE):
+def shapes(card, opt_batch=OPT_BATCH_SIZE, opt_length=OPT_LENGTH):
     """[(batch, length)] of trtexec's smallest, optimal and largest input, as the record has them."""
     limit, largest = card["max_length"], card["service"]["max_batch_size"]
-    lengths = (limit, limit, limit) if card["fixed_length"] else (1, min(OPT_LENGTH, limit), limit)
+    lengths = (limit, limit, limit) if card["fixed_length"] else (1, min(opt_length, limit), limit)
     return list(zip((1, min(opt_batch, largest), largest), lengths, strict=True))
 
 

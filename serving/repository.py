@@ -33,9 +33,9 @@ from core.repository import (
     site_packages,
     tokenizer_path,
 )
-from core.tables import EMBEDDERS, ENGINES, INPUT_IDS, MAX_BATCH_SIZE, MODELS, REFERENCE, SERVED, model_key
+from core.tables import EMBEDDERS, ENGINES, GRAPH, INPUT_IDS, MAX_BATCH_SIZE, MODELS, REFERENCE, SERVED, model_key
 from core.tokens import encode, load_tokenizer
-from serving.check import GRAPH, check_repository, expected_configs
+from serving.check import check_repository, expected_configs
 from serving.configs import config_text
 from serving.plans import check_plan
 from tasks.examples import answers_of, examples

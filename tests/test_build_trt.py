@@ -247,7 +247,14 @@ def test_another_length_in_a_config_is_named(place):
 
 
 def test_bad_usage_exits_2(place):
-    for options in (("--only", "FP8"), ("--opt-batch", "9"), ("--workspace", "much"), ("--only",), ("--fast",)):
+    for options in (
+        ("--only", "FP8"),
+        ("--opt-batch", "9"),
+        ("--opt-length", "129"),
+        ("--workspace", "much"),
+        ("--only",),
+        ("--fast",),
+    ):
         assert build(place, *options).returncode == 2, options
 
 

@@ -214,6 +214,7 @@ def test_compose_has_limits_and_listens_on_this_machine_only():
     for service in services.values():
         assert all(port.startswith("127.0.0.1:") for port in service["ports"])
         assert service["mem_limit"] and service["cpus"] and service["pids_limit"]
+    assert services["repository"]["image"] == tables.IMAGE
     assert services["gpu"]["deploy"]["resources"]["reservations"]["devices"]
 
 
