@@ -91,8 +91,10 @@ def export(args):
     from serving.repository import write_repository, write_tokenizer
 
     module, tokenizer, card = importlib.import_module(TASKS[args.task].module).load(args)
-    random = card["weights"] != "real"
-    card |= {"task": args.task, "slug": slug(card["name"] + ("-random" if random else "")), "opset": OPSET}
+    # an encoder without a head may be exported for several tasks
+    more = "-random" if card["weights"] != "real" else ""
+    more += "" if TASKS[args.task].suffix or args.task == OWN else f"-{args.task}"
+    card |= {"task": args.task, "slug": slug(card["name"] + more), "opset": OPSET}
     card["parameters"] = sum(p.numel() for p in module.parameters())
     repository = args.repository or ROOT / "build" / (args.name or card["slug"])
     own = args.assets is not None

@@ -1,6 +1,6 @@
 """The marked blocks of report.md and README.md, and the tables of one model: which section stands where."""
 
-from reporting import complexity, findings, quality, speed, verdicts
+from reporting import complexity, findings, quality, services, speed, verdicts
 from reporting.markdown import NOT_MEASURED, relative
 
 
@@ -26,6 +26,7 @@ def blocks(models):
         "complexity": of_record("complexity", "Roofline of every kind of layer", complexity.summary),
         "int8": of_record("sensitivity", "Quality against the share in INT8", lambda _: [quality.searches(models)]),
         "deploy": verdicts.deploy(models),
+        "services": services.services(models),
         "plans": quality.plans(models),
         "summary": findings.summary(models),
     }

@@ -22,7 +22,7 @@ def examples(card, texts):
     task = TASKS[card["task"]]
     if CONTEXT in task.takes:
         pairs = (text.partition(TAB) for text in texts)
-        return [(first, rest) if tab else (" ".join(first.split()[:8]) + "?", first) for first, tab, rest in pairs]
+        return [(first, rest) if tab else (" ".join(first.split()[:6])[:40] + "?", first) for first, tab, rest in pairs]
     if "mask_token" in card:
         return [with_mask(text, card["mask_token"]) for text in texts]
     return list(texts)

@@ -1,0 +1,37 @@
+"""The section on services: a row per exported checkpoint of another task than the task's own."""
+
+from reporting.markdown import NOT_MEASURED, caption, is_encoder, listing, table
+from reporting.speed import levels
+
+SERVICE = "ensemble"  # key of the whole service in perf.json, texts to answers
+
+
+def origin(card):
+    """Name, weights and source of a checkpoint, and whom to thank."""
+    notes = [card["source"], *(card[key] for key in ("licence", "attribution", "note") if card.get(key))]
+    return f"{card['name']} ({'; '.join(notes)})"
+
+
+def row(model):
+    """One service: its task, model, error to torch, and speed."""
+    card, perf = model["card"], model["perf"]
+    found = levels(perf)
+    high = max((c for m, c in found if m == SERVICE), default=8)
+    alone, loaded = (found.get((SERVICE, c)) for c in (1, high))
+    return {
+        "task": card["task"],
+        "model": origin(card),
+        "largest error to torch": f"{card['max_abs_error_to_torch']:.1e}",
+        "precision served": card["service"]["precision"],
+        "p50 ms, concurrency 1": f"{alone['latency_p50_ms']:.1f}" if alone else NOT_MEASURED,
+        f"answers/s, concurrency {high}": f"{loaded['throughput_infer_per_s']:.1f}" if loaded else NOT_MEASURED,
+    }
+
+
+def services(models):
+    """A table of every service that was measured, and on what."""
+    shown = [m for m in models if not is_encoder(m) and m["perf"]]
+    if not shown:
+        return [f"Services of other tasks: {NOT_MEASURED}."]
+    captions = listing(dict.fromkeys(caption(m["perf"]) for m in shown))
+    return [table(map(row, shown)), f"Texts go in and answers come out, over the server. {captions}."]
