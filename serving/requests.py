@@ -178,6 +178,10 @@ def ask(server, model, rows, outputs, parameters):
         found = infer(model.name, tensors, outputs, server.url, server.protocol, parameters, server.timeout_s)
     if not model.max_batch_size:
         return [{name: plain(array) for name, array in found.items()}]
+    if missing := [name for name, array in found.items() if array is None or len(array) != len(rows)]:
+        raise FailedError(
+            f"expected {len(rows)} rows of each output, found the server gave others of {', '.join(missing)}"
+        )
     return [{name: plain(array[i]) for name, array in found.items()} for i in range(len(rows))]
 
 
