@@ -6,7 +6,7 @@ from http.client import HTTPException
 import numpy as np
 import tritonclient.grpc
 import tritonclient.http
-from tritonclient.utils import InferenceServerException
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from core.tables import ENGINES, TEXT
 
@@ -17,10 +17,13 @@ TIMEOUT_S = 600.0  # a request of many texts may take that long on a CPU
 
 
 @functools.cache
-def connect(url, protocol):
-    """(client, its module) for host:port; protocol is http or grpc. Connects once per url."""
+def connect(url, protocol, timeout_s=TIMEOUT_S):
+    """(client, its module) for host:port; protocol is http or grpc. Connects once per url.
+
+    timeout_s bounds every call over HTTP; over gRPC each call takes its own.
+    """
     if protocol == "http":
-        return tritonclient.http.InferenceServerClient(url, network_timeout=TIMEOUT_S), tritonclient.http
+        return tritonclient.http.InferenceServerClient(url, network_timeout=timeout_s), tritonclient.http
     return tritonclient.grpc.InferenceServerClient(url), tritonclient.grpc
 
 
@@ -29,17 +32,24 @@ def default_url(protocol):
     return HTTP_URL if protocol == "http" else GRPC_URL
 
 
-def infer(model, tensors, outputs, url, protocol="http"):
-    """Send arrays by name to a model; returns {output: array}.
-
-    Strings go as an object array of bytes, other arrays as int64. Raises one of SERVER_ERRORS.
-    """
-    client, module = connect(url, protocol)
+def make_inputs(module, tensors):
+    """Arrays by name as tritonclient's inputs; strings are an object array of bytes, other types the array's own."""
     inputs = []
     for name, values in tensors.items():
-        inputs.append(module.InferInput(name, list(values.shape), "BYTES" if values.dtype == object else "INT64"))
+        inputs.append(module.InferInput(name, list(values.shape), np_to_triton_dtype(values.dtype)))
         inputs[-1].set_data_from_numpy(values)
-    response = client.infer(model, inputs, outputs=[module.InferRequestedOutput(name) for name in outputs])
+    return inputs
+
+
+def infer(model, tensors, outputs, url, protocol="http", parameters=None, timeout_s=TIMEOUT_S):
+    """Send arrays by name to a model, with the request's parameters; returns {output: array}.
+
+    Raises one of SERVER_ERRORS.
+    """
+    client, module = connect(url, protocol, timeout_s)
+    requested = [module.InferRequestedOutput(name) for name in outputs]
+    deadline = {} if protocol == "http" else {"client_timeout": timeout_s}
+    response = client.infer(model, make_inputs(module, tensors), outputs=requested, parameters=parameters, **deadline)
     return {name: response.as_numpy(name) for name in outputs}
 
 
@@ -73,7 +83,8 @@ def executed_by(config):
 
 def check_url(url):
     """Exit unless the url is HOST:PORT."""
-    if "/" in url or ":" not in url:
+    host, _, port = url.rpartition(":")
+    if not host or "/" in url or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise SystemExit(f"--url: expected HOST:PORT, found {url}; leave scheme and path out")
 
 
