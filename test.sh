@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Lint, then test: against the real server with the packaged MiniLM's real weights.
-# Usage: ./test.sh [pytest options]
+# Usage: ./test.sh [pytest options]      those given, in one process; without any, the whole suite in two
 # Reads:  the whole project. Writes: .venv/, build/test*/.
 # Prints: ruff's, shellcheck's, hadolint's and pytest's summaries.
 set -euo pipefail
@@ -19,7 +19,12 @@ main() {
   "$BIN/hadolint" deploy/Dockerfile
   echo "hadolint: no findings"
   "$BIN/python" report.py --check
-  "$BIN/python" -m pytest -ra --durations 25 "$@"
+  if [ $# -gt 0 ]; then
+    "$BIN/python" -m pytest -ra --durations 25 "$@"
+    return
+  fi
+  # a file's tests share a server, so a file stays in one process
+  "$BIN/python" -m pytest -ra --durations 25 -n 2 --dist loadfile
 }
 
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then main "$@"; fi
