@@ -20,7 +20,7 @@ from pathlib import Path
 
 from core.arguments import add_model_arguments, make_parser
 from core.files import ASSETS, REPOSITORY, RESULTS, ROOT, TEXTS
-from core.tables import EMBEDDERS, MAX_BATCH_SIZE, REFERENCE
+from core.tables import EMBEDDERS, MAX_BATCH_SIZE, PACKED_FILE, REFERENCE
 from tasks.table import ALIASES, OWN, TASKS
 
 
@@ -39,15 +39,38 @@ def check_place(args, repository):
         )
 
 
+def texts_to_check(args, card):
+    """Requests of all lengths: next to nothing but padding, and none at all."""
+    from core.files import read_texts
+    from tasks.examples import examples
+
+    texts = sorted(read_texts(args.texts), key=len, reverse=True)
+    return examples(card | {"task": args.task}, ["", *texts, "word " * card["max_length"]])
+
+
+def save_packed(args, module, tokenizer, card, path):
+    """The graph without padding beside the other, for services on a CPU; None where there is none."""
+    if args.task == OWN or args.no_packed:
+        path.with_name(PACKED_FILE).unlink(missing_ok=True)
+        return None
+    from tasks.packing import write_packed  # torch: -h answers first
+
+    made = write_packed(
+        module, tokenizer, card, texts_to_check(args, card), path.with_name(PACKED_FILE), args.max_error
+    )
+    found = (
+        f"max abs error {made['max_abs_error_to_torch']:.2g}" if made else "not for this architecture or these options"
+    )
+    print(f"packed graph, without padding: {found}")
+    return made
+
+
 def save_graph(args, module, tokenizer, card, path):
     """Export and check; an older graph must not be taken for one that failed. Returns the error to torch."""
     from core.export import CHECK_BATCHES, check_onnx, export_onnx  # torch: -h answers first
-    from core.files import read_texts, replace_when_done
-    from tasks.examples import examples
+    from core.files import replace_when_done
 
-    # next to nothing but padding, and none at all
-    texts = ["", *sorted(read_texts(args.texts), key=len, reverse=True), "word " * card["max_length"]]
-    texts = examples(card | {"task": args.task}, texts)
+    texts = texts_to_check(args, card)
     try:
         with replace_when_done(path) as temporary:
             export_onnx(module, card, temporary)
@@ -106,6 +129,7 @@ def export(args):
     path = graph_path(repository, REFERENCE)
     card["max_abs_error_to_torch"] = save_graph(args, module, served, card, path)
     card |= {"reference_sha256": sha256(path), "environment": environment_record()}
+    card["packed"] = save_packed(args, module, served, card, path)
     if not own:
         remove_typed_graphs(repository)
     card["service"] = own_record(repository).get("service", {})  # write_repository takes its ensemble away
@@ -141,6 +165,7 @@ def parse_args():
     parser.add_argument(
         "--labels", type=Path, help='of a classifier: JSON, {"0": "negative", …} or inverted (default: id2label)'
     )
+    parser.add_argument("--no-packed", action="store_true", help="leave out the graph without padding, for CPUs")
     parser.add_argument("--hidden-state", action="store_true", help="of a sentence embedding: return the tokens' too")
     args = parser.parse_args()
     args.task = ALIASES.get(args.task, args.task)

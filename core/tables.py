@@ -93,11 +93,13 @@ def model_key(precision):
 
 # names of tensors
 TEXT, INPUT_IDS, ATTENTION_MASK, TOKEN_TYPE_IDS = "TEXT", "INPUT_IDS", "ATTENTION_MASK", "TOKEN_TYPE_IDS"
+POSITIONS, SEGMENTS, STARTS = "POSITIONS", "SEGMENTS", "STARTS"  # of texts that lie one behind the other
 SPANS, WORDS = "SPANS", "WORDS"  # of each token: its first character and the one behind its last; its word's number
 EMBEDDING, HIDDEN_STATE, LOGITS = "EMBEDDING", "HIDDEN_STATE", "LOGITS"
 LABEL, SCORE, ENTITIES, TOKEN = "LABEL", "SCORE", "ENTITIES", "TOKEN"
 QUESTION, CONTEXT, ANSWER, START, END = "QUESTION", "CONTEXT", "ANSWER", "START", "END"
 
+PACKED_FILE = "packed.onnx"  # beside model.onnx of the reference: the same on texts one behind the other
 GRAPH = "_graph"  # behind a service's name: the model by which it calls its graph
 
 MAX_LENGTH = 128  # tokens per text of the task's own embedders

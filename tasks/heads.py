@@ -9,7 +9,7 @@ from core.sources import find_folders
 from core.tables import HIDDEN_STATE, SPANS
 from core.tokens import encode, served_tokenizer
 from tasks.embedding import load_encoder
-from tasks.graphs import GRAPHS, Graph
+from tasks.graphs import Graph
 from tasks.labels import read_labels, warn_of_labels
 from tasks.table import TASKS
 
@@ -36,7 +36,7 @@ def load(args):
     warn_of_labels(card["name"], card.get("labels", ()))
     if args.hidden_state:
         card["outputs"][HIDDEN_STATE] = [-1, model.config.hidden_size]
-    graph = Graph(model, inputs, GRAPHS[task.graph](model, card)).eval()
+    graph = Graph(model, inputs, task.graph, card).eval()
     limit = find_limit(graph, inputs, model.config, tokenizer, args.max_length)
     card["max_length"] = min(limit, card.pop("longest", limit))
     if SPANS in task.also or task.windows:
