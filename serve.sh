@@ -12,6 +12,10 @@
 #   --model-repository DIR    of any task; default model_repository/ beside this script,
 #                             which has record and tokenizer in assets/ beside it; again for
 #                             several repositories in one server
+#   --path auto|ensemble      on a CPU a service is one model that does all in one pass; ensemble:
+#                             the models of the repository one by one, as on a GPU (and as the
+#                             measurements of single models need it)
+#   --engine E --precision P  of the one pass: onnxruntime or openvino; default: the repository's
 #   --http-port N  --grpc-port N  --metrics-port N      8000, 8001, 8002
 #   --timeout-s N             how long models may load, 300
 # Reads:  the model repository. Writes: build/serve/<http port>/.
@@ -38,13 +42,15 @@ parse_args() {
     -h | --help) usage && exit 0 ;;
     *) fail "expected start, stop, status or run, found '$command'; see -h" 2 ;;
   esac
-  device=auto repositories=()
+  device=auto repositories=() path=auto one_pass=()
   http_port=8000 grpc_port=8001 metrics_port=8002 timeout_s=300
   while [ $# -gt 0 ]; do
     [ $# -gt 1 ] || fail "$1: expected a value; see -h" 2
     case $1 in
       --device) device=$2 ;;
       --model-repository) repositories+=("$2") ;;
+      --path) path=$2 ;;
+      --engine | --precision) one_pass+=("$1" "$2") ;;
       --http-port) http_port=$2 ;;
       --grpc-port) grpc_port=$2 ;;
       --metrics-port) metrics_port=$2 ;;
@@ -58,6 +64,7 @@ parse_args() {
   for number in "$http_port" "$grpc_port" "$metrics_port" "$timeout_s"; do
     [[ $number =~ ^[0-9]+$ ]] || fail "expected a number, found '$number'; see -h" 2
   done
+  [[ $path =~ ^(auto|ensemble)$ ]] || fail "--path: expected auto or ensemble, found '$path'" 2
   case $device in
     auto) device=cpu && has_gpu && device=gpu ;;
     cpu | gpu) ;;
@@ -115,6 +122,11 @@ prepare_cpu() {
     # they find what they import beside themselves, wherever the server was started
     cp "$ROOT/core/onnx_runtime.py" "$backends/$(basename "$backend")/"
   done
+  local folders=$state/models served
+  if [ "$path" = auto ]; then
+    served=$(module serving.one_pass "${repositories[@]/#/--repository=}" --output "$folders" "${one_pass[@]}") || exit 1
+    mapfile -t repositories <<<"$served"
+  fi
   # the stub takes its packages from the python3 on PATH
   PATH=$(dirname "$python"):$PATH
   export PATH LD_LIBRARY_PATH=$triton/../../nvidia_pytriton.libs${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}

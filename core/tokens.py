@@ -10,10 +10,7 @@ import tokenizers
 from core.tables import (
     ATTENTION_MASK,
     INPUT_IDS,
-    POSITIONS,
-    SEGMENTS,
     SPANS,
-    STARTS,
     TOKEN_TYPE_IDS,
     WORDS,
 )
@@ -37,23 +34,6 @@ def encode(tokenizer, texts, inputs):
     """
     encodings = tokenizer.encode_batch(list(texts))
     return {name: np.array([column(e, name) for e in encodings], dtype=np.int64) for name in inputs}
-
-
-def pack(encodings, inputs, offset):
-    """{input name: int64 [tokens], STARTS: [texts]} of texts one behind the other, encoded without padding."""
-    lengths = [len(encoding.ids) for encoding in encodings]
-    starts = np.cumsum([0, *lengths[:-1]])
-    made = {
-        POSITIONS: np.concatenate([np.arange(offset, offset + length) for length in lengths]),
-        SEGMENTS: np.repeat(np.arange(len(lengths)), lengths),
-        STARTS: starts,
-    }
-    return {
-        name: (made[name] if name in made else np.concatenate([getattr(e, FIELDS[name]) for e in encodings])).astype(
-            np.int64
-        )
-        for name in inputs
-    }
 
 
 def column(encoding, name):

@@ -108,21 +108,37 @@ def write_repository(repository, **service):
                 write_file(folder / "warmup" / tensor, np.ascontiguousarray(values[0], dtype="<i8").tobytes())
     write_file(repository / "tokenizer/1/model.py", TOKENIZER_CODE.read_bytes())
     if task.answers:
-        write_answers(repository / (name if task.windows else "postprocess") / "1", card, tokenizer)
+        if task.windows:
+            write_service(
+                repository / name / "1", card, tokenizer, {"graph_model": name + GRAPH, "tokenizer": "tokenizer"}
+            )
+        else:
+            write_answers(repository / "postprocess/1", card, tokenizer, "postprocess.py", {})
     if before.get("name") not in (None, name):  # read_card has held it against paths
         for folder in (before["name"], before["name"] + GRAPH):
             shutil.rmtree(repository / folder, ignore_errors=True)
     write_json(assets_of(repository) / RECORD, card)
 
 
-def write_answers(folder, card, tokenizer):
-    """The code that makes answers, its functions and their settings, as a version of a Python model."""
+def write_answers(folder, card, tokenizer, code, settings):
+    """A version of a Python model: its code, the functions of the task's answers, and the settings of both."""
     task = TASKS[card["task"]]
-    write_file(folder / "model.py", (MODELS_CODE / ("service.py" if task.windows else "postprocess.py")).read_bytes())
-    for name in ("__init__", task.answers):
+    write_file(folder / "model.py", (MODELS_CODE / code).read_bytes())
+    for name in filter(None, ("__init__", task.answers)):
         write_file(folder / "answers" / f"{name}.py", (MODELS_CODE / "answers" / f"{name}.py").read_bytes())
-    settings = {"answers": task.answers, "graph": card["service"]["name"] + GRAPH}
-    write_json(folder / "settings.json", settings | answers_of(card["task"]).settings_of(card, tokenizer))
+    own = answers_of(card["task"]).settings_of(card, tokenizer) if task.answers else {}
+    write_json(folder / "settings.json", settings | {"answers": task.answers} | own)
+
+
+def write_service(folder, card, tokenizer, settings):
+    """A version of a service in one model. settings: "tokenizer", its folder, and "graph_model" or what opens a graph."""
+    task = TASKS[card["task"]]
+    for name in ("runner", "engines", "onnx_runtime"):
+        write_file(folder / f"{name}.py", (ROOT / "core" / f"{name}.py").read_bytes())
+    facts = {"takes": task.takes, "also": task.also, "output": task.output, "per_token": task.per_token}
+    write_answers(
+        folder, card, tokenizer, "service.py", {"engine": "Triton", "inputs": card["inputs"]} | facts | settings
+    )
 
 
 def check_target(source, target):

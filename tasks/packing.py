@@ -6,16 +6,11 @@ import torch
 from core.export import export_packed
 from core.files import replace_when_done, sha256
 from core.onnx_runtime import open_session
-from core.tables import ATTENTION_MASK, HIDDEN_STATE, POSITIONS, SEGMENTS, STARTS
-from core.tokens import pack
+from core.runner import pack, packed_inputs
+from core.tables import HIDDEN_STATE
 from tasks.table import TASKS
 
 SAME = 1e-4  # largest difference to what a text gives alone
-
-
-def packed_inputs(inputs):
-    """Names of a packed graph's inputs: those of the padded one, but for the mask, and what tells the texts apart."""
-    return [*(name for name in inputs if name != ATTENTION_MASK), POSITIONS, SEGMENTS, STARTS]
 
 
 class PackedGraph(torch.nn.Module):

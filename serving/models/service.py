@@ -1,11 +1,11 @@
-"""A service that reads long texts in windows, as one Triton model: it asks the graph's model itself.
+"""A service in one model: texts -> tokens -> the graph -> answers, for all requests that wait, in one call.
 
-It lies in a repository as <service>/1/model.py, beside answers/, the functions of its task, and settings.json. The
-tokenizer is that of the tokenizer's model beside it. All windows of all waiting requests go to the graph together, those
-of like length in one request.
+It lies in a repository as <service>/1/model.py, beside answers/, the functions of its task, settings.json, and runner.py
+where it executes the graph itself; else it asks the graph's model. Strings all have one shape, so every request that
+waits joins the batch, whatever its length.
 """
 
-import asyncio
+import functools
 import importlib
 import json
 import sys
@@ -14,92 +14,140 @@ from pathlib import Path
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-FIELDS = {"INPUT_IDS": "ids", "ATTENTION_MASK": "attention_mask", "TOKEN_TYPE_IDS": "type_ids"}
-INPUTS = ("QUESTION", "CONTEXT")
-
 
 class TritonPythonModel:
     def initialize(self, args):
-        """Load settings and tokenizer once."""
+        """Load settings, tokenizer and graph once."""
         folder = Path(args["model_repository"]) / args["model_version"]
         self.settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-        own = folder.resolve().parents[1] / "tokenizer"
-        sys.path.insert(0, str(own / "site-packages"))
-        # beside this file, and the tokenizer's package: only now can they be found
-        self.common = importlib.import_module("answers")
-        self.answers = importlib.import_module(f"answers.{self.settings['answers']}")
+        tokenizer = folder.resolve().parents[1] / self.settings["tokenizer"]
+        sys.path.insert(0, str(tokenizer / "site-packages"))
+        # what lies beside this file, and the tokenizer's package: only now can they be found
         load = importlib.import_module("tokenizers").Tokenizer.from_file
-        self.tokenizer, self.whole = (load(str(own / "tokenizer.json")) for _ in range(2))
+        self.common, self.runner = importlib.import_module("answers"), importlib.import_module("runner")
+        name = self.settings["answers"]
+        self.answers = importlib.import_module(f"answers.{name}") if name else None
+        self.tokenizer, self.whole = (load(str(tokenizer / "tokenizer.json")) for _ in range(2))
         self.whole.no_truncation()
         self.padding = self.tokenizer.padding
-        self.tokenizer.no_padding()  # windows are padded to the longest of their batch
-        length, overlap = self.settings["max_length"], self.settings["overlap"]
-        self.tokenizer.enable_truncation(length, stride=overlap, strategy="only_second")
+        self.tokenizer.no_padding()  # texts are padded to the longest of their batch, or not at all
+        if "overlap" in self.settings:
+            length, overlap = self.settings["max_length"], self.settings["overlap"]
+            self.tokenizer.enable_truncation(length, stride=overlap, strategy="only_second")
         self.largest = json.loads(args["model_config"])["max_batch_size"]
+        self.run = self.ask
+        if "graph" in self.settings:
+            self.run = self.open_graph(folder)
+            for texts in (1, 2 * self.settings["cores"]):  # no request pays for the first run of a session
+                self.run(self.whole.encode_batch(["A real text, for the first run of each session."] * texts))
 
-    async def execute(self, requests):
+    def open_graph(self, folder):
+        """A Runner of the graph in this process."""
+        settings = self.settings
+        open_engine = importlib.import_module("engines").ENGINES[settings["engine"]]
+        path = folder.resolve().parents[1] / settings["graph"]
+        open_graph = functools.partial(open_engine, path, settings["output"], settings["precision"])
+        try:
+            return self.runner.Runner(settings, self.padding, open_graph)
+        except Exception as error:  # each engine raises its own
+            raise pb_utils.TritonModelException(
+                f"{path}: expected a graph that {settings['engine']} loads, found: {error}"
+            ) from None
+
+    def execute(self, requests):
         """Answers of all requests; a bad one fails alone."""
         read = [self.read(request) for request in requests]
-        windows = [window for rows in read if isinstance(rows, list) for _, found in rows for window in found]
+        self.encode_texts([rows for rows in read if isinstance(rows, list)])
+        encodings = [e for rows in read if isinstance(rows, list) for row in rows for e in row["encodings"]]
         try:
-            logits = iter(await self.ask(windows))
-        except pb_utils.TritonModelException as error:
-            return [failure(str(error), pb_utils.TritonError.INTERNAL) for _ in requests]
-        return [self.respond(request, rows, logits) for request, rows in zip(requests, read, strict=True)]
+            outputs = iter(self.run(encodings) if encodings else [])
+        except Exception as error:  # each engine raises its own
+            return [failure(f"{self.settings['engine']}: {error}", pb_utils.TritonError.INTERNAL) for _ in requests]
+        return [self.respond(request, rows, outputs) for request, rows in zip(requests, read, strict=True)]
+
+    # --- texts -> tokens -----------------------------------------------------------
 
     def read(self, request):
-        """[(context, windows)] of a request's rows, or the words of its error."""
+        """[{"texts"}] of a request's rows, with "encodings" where a row is read in windows; or the words of its error."""
         try:
-            self.common.check_known(parameters_of(request), self.answers.PARAMETERS)
-            self.answers.read_parameters(parameters_of(request))
-            pairs = zip(*(texts_of(request, name) for name in INPUTS), strict=True)
-            return [(context, self.windows(question, context)) for question, context in pairs]
+            if self.answers:
+                self.common.check_known(parameters_of(request), self.answers.PARAMETERS)
+            columns = [texts_of(request, name) for name in self.settings["takes"]]
+            rows = [{"texts": texts} for texts in zip(*columns, strict=True)]
+            for row in rows if "overlap" in self.settings else ():
+                self.answers.read_parameters(parameters_of(request))
+                row["encodings"] = self.answers.encode(self.tokenizer, self.whole, *row["texts"], self.settings)
+            return rows
         except ValueError as error:
             return str(error)
 
-    def windows(self, question, context):
-        """Encodings of a question and its context."""
-        return self.answers.encode(self.tokenizer, self.whole, question, context, self.settings)
+    def encode_texts(self, requests):
+        """Tokens of all rows that are one text each, in one call."""
+        rows = [row for rows in requests for row in rows if "encodings" not in row]
+        for row, encoding in zip(rows, self.tokenizer.encode_batch([row["texts"][0] for row in rows]), strict=True):
+            row["encodings"] = [encoding]
 
-    async def ask(self, windows):
-        """float32 [length, 2] of each window, from the graph's model."""
-        order = sorted(range(len(windows)), key=lambda i: len(windows[i].ids))
-        batches = [order[i : i + self.largest] for i in range(0, len(order), self.largest)]
-        answers = await asyncio.gather(*(self.ask_batch([windows[i] for i in batch]) for batch in batches))
-        rows = dict(zip(order, (row for batch in answers for row in batch), strict=True))
-        return [rows[i][: len(windows[i].ids)] for i in range(len(windows))]
+    # --- tokens -> the graph's output ----------------------------------------------
 
-    async def ask_batch(self, windows):
-        """float32 [windows, length, 2] of at most as many windows as the graph takes."""
-        inputs = [pb_utils.Tensor(name, self.pad(windows, name)) for name in self.settings["inputs"]]
+    def ask(self, encodings):
+        """The output of each encoding, from the graph's model; texts of like length share a request."""
+        order = sorted(range(len(encodings)), key=lambda i: len(encodings[i].ids))
+        found = {}
+        for start in range(0, len(order), self.largest):
+            batch = order[start : start + self.largest]
+            for i, row in zip(batch, self.ask_batch([encodings[i] for i in batch]), strict=True):
+                found[i] = row[: len(encodings[i].ids)] if self.settings["per_token"] else row
+        return [found[i] for i in range(len(encodings))]
+
+    def ask_batch(self, encodings):
+        """float32 [texts, …] of at most as many texts as the graph's model takes."""
+        feeds = self.runner.pad(encodings, self.settings["inputs"], self.padding)
+        output = self.settings["output"]
         request = pb_utils.InferenceRequest(
-            model_name=self.settings["graph"], requested_output_names=["LOGITS"], inputs=inputs
+            model_name=self.settings["graph_model"],
+            requested_output_names=[output],
+            inputs=[pb_utils.Tensor(name, values) for name, values in feeds.items()],
         )
-        response = await request.async_exec()
+        response = request.exec()
         if response.has_error():
-            raise pb_utils.TritonModelException(response.error().message())
-        return pb_utils.get_output_tensor_by_name(response, "LOGITS").as_numpy()
+            raise RuntimeError(response.error().message())
+        return pb_utils.get_output_tensor_by_name(response, output).as_numpy()
 
-    def pad(self, windows, name):
-        """int64 [windows, length] of one input, padded as the tokenizer pads."""
-        filling = {"INPUT_IDS": self.padding["pad_id"], "TOKEN_TYPE_IDS": self.padding["pad_type_id"]}.get(name, 0)
-        padded = np.full((len(windows), max(len(w.ids) for w in windows)), filling, dtype=np.int64)
-        for row, window in zip(padded, windows, strict=True):
-            row[: len(window.ids)] = getattr(window, FIELDS[name])
-        return padded
+    # --- the output -> answers -----------------------------------------------------
 
-    def respond(self, request, rows, logits):
-        """Response of a request; logits: an iterator over the windows' logits, of which its own come next."""
+    def respond(self, request, rows, outputs):
+        """Response of a request; outputs: an iterator over those of all encodings, of which its own come next."""
         if isinstance(rows, str):
             return failure(rows, pb_utils.TritonError.INVALID_ARG)
-        parameters, found, own = parameters_of(request), [], []
-        for context, windows in rows:
-            own.append([next(logits) for _ in windows])
-            spans = [self.answers.spans_of(window) for window in windows]
-            found.append(self.answers.answer(context, own[-1], spans, parameters))
-        tensors = self.answers.tensors_of(found, own, parameters)
+        for row in rows:
+            row["outputs"] = [next(outputs) for _ in row["encodings"]]
+        try:
+            tensors = self.answer(rows, parameters_of(request))
+        except ValueError as error:
+            return failure(str(error), pb_utils.TritonError.INVALID_ARG)
         wanted = request.requested_output_names()
         return pb_utils.InferenceResponse([pb_utils.Tensor(n, values) for n, values in tensors.items() if n in wanted])
+
+    def answer(self, rows, parameters):
+        """{output: array} of a request's rows."""
+        if "overlap" in self.settings:
+            found = [
+                self.answers.answer(
+                    row["texts"][1], row["outputs"], list(map(self.answers.spans_of, row["encodings"])), parameters
+                )
+                for row in rows
+            ]
+            return self.answers.tensors_of(found, [row["outputs"] for row in rows], parameters)
+        tensors = {self.settings["output"]: self.common.stack([row["outputs"][0] for row in rows])}
+        if not self.answers:
+            return tensors
+        encodings = [row["encodings"][0] for row in rows]
+        for name in self.settings["also"]:
+            if name in self.settings["takes"]:
+                tensors[name] = np.array([[row["texts"][0].encode()] for row in rows], dtype=object)
+            else:
+                tensors[name] = self.common.stack([self.common.column(e, name) for e in encodings])
+        return tensors | self.answers.answer(tensors, self.settings, parameters)
 
 
 def parameters_of(request):
@@ -109,11 +157,13 @@ def parameters_of(request):
 
 def texts_of(request, name):
     """Strings of one input, bytes [batch, 1]. Raises ValueError if one is not UTF-8."""
-    values = pb_utils.get_input_tensor_by_name(request, name).as_numpy().reshape(-1)
-    try:
-        return [value.decode("utf-8") for value in values]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name}: expected UTF-8, found {error}; encode it as UTF-8") from None
+    texts = []
+    for row, value in enumerate(pb_utils.get_input_tensor_by_name(request, name).as_numpy().reshape(-1)):
+        try:
+            texts.append(value.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name}: expected UTF-8, found {error} in row {row}; encode it as UTF-8") from None
+    return texts
 
 
 def failure(message, code):

@@ -37,3 +37,21 @@ def softmax(logits):
 def strings(rows):
     """Lists of str -> the array of bytes that Triton takes."""
     return np.array([[text.encode() for text in row] for row in rows], dtype=object)
+
+
+def column(encoding, name):
+    """int64 [length] of one text: INPUT_IDS, SPANS [length, 2], or WORDS, -1 for the tokenizer's own tokens."""
+    if name == "WORDS":
+        own = zip(encoding.word_ids, encoding.special_tokens_mask, strict=True)
+        return np.array([-1 if word is None or special else word for word, special in own], dtype=np.int64)
+    return np.array({"INPUT_IDS": encoding.ids, "SPANS": encoding.offsets}[name], dtype=np.int64)
+
+
+def stack(rows):
+    """Arrays of a request's rows -> one array; those that are shorter are filled with -1 for whole numbers, else 0."""
+    longest = max(len(row) for row in rows)
+    filling = -1 if np.issubdtype(rows[0].dtype, np.integer) else 0
+    padded = np.full((len(rows), longest, *rows[0].shape[1:]), filling, dtype=rows[0].dtype)
+    for target, row in zip(padded, rows, strict=True):
+        target[: len(row)] = row
+    return padded

@@ -19,7 +19,7 @@ NO_LOGIT = np.finfo(np.float32).min  # where a window is shorter than the longes
 def settings_of(card, tokenizer):
     """The model's length, and by how many tokens two windows overlap."""
     overlap = min(128, card["max_length"] // 4)
-    return {"inputs": card["inputs"], "max_length": card["max_length"], "overlap": overlap}
+    return {"max_length": card["max_length"], "overlap": overlap}
 
 
 def check_settings(settings, config):

@@ -1,0 +1,39 @@
+"""What executes a graph in a service on a CPU: ONNX Runtime or OpenVINO; a copy lies beside the service's model."""
+
+
+def open_onnxruntime(path, output, precision, threads, streams):
+    """A function from feeds to one output; several threads may call it at once, each with `threads` cores of its own."""
+    from onnx_runtime import open_session  # beside this file in a service
+
+    session = open_session(path, threads)
+    return lambda feeds: session.run([output], feeds)[0]
+
+
+def open_openvino(path, output, precision, threads, streams):
+    """The same through OpenVINO. precision: FP32, which is forced, or BF16; a graph with Q/DQ pairs is executed in INT8.
+
+    Without a precision OpenVINO takes BF16 wherever the CPU has it. Its threads are not pinned: two processes would sit
+    on one core.
+    """
+    import threading
+
+    import openvino
+
+    options = {
+        "INFERENCE_PRECISION_HINT": {"FP32": "f32", "BF16": "bf16"}.get(precision, "f32"),
+        "INFERENCE_NUM_THREADS": threads * streams,
+        "NUM_STREAMS": streams,
+        "ENABLE_CPU_PINNING": False,
+    }
+    model = openvino.Core().compile_model(str(path), "CPU", options)
+    own = threading.local()
+
+    def run(feeds):
+        if not hasattr(own, "request"):  # one for each thread
+            own.request = model.create_infer_request()
+        return own.request.infer(feeds)[output]
+
+    return run
+
+
+ENGINES = {"onnxruntime": open_onnxruntime, "openvino": open_openvino}

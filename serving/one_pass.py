@@ -1,0 +1,89 @@
+#!/usr/bin/env python3
+"""Write what a CPU serves of a repository: one model that tokenises, computes and answers in a single process.
+
+Reads:  --repository: one or more.
+Writes: --output: a folder for each, with the service's model alone; graph and tokenizer stay where they are.
+Run:    python -m serving.one_pass --repository build/reviews --output build/serve/8000/models
+Prints: for each repository the folder to serve; on standard error "reviews: one pass, ONNX Runtime, FP32, packed, 2 cores"
+
+Names, tensors and errors are those of the ensemble; serve.sh --path ensemble serves that instead. So is the task's own
+repository always, whose five models answer together, and a service with a second output.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from core.arguments import make_parser
+from core.engines import ENGINES
+from core.files import replace_folder_when_done
+from core.repository import graph_path, read_card, tokenizer_path
+from core.runner import packed_inputs
+from core.tables import HIDDEN_STATE, MODELS, PACKED_FILE, REFERENCE, model_key
+from core.tokens import load_tokenizer
+from serving.configs import config_text, service_config
+from serving.repository import choose, write_file, write_service
+from tasks.table import OWN
+
+TITLES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+
+
+def graph_settings(repository, card, precision, engine):
+    """What opens the graph of a precision: the packed one where there is one."""
+    path = graph_path(repository, choose(repository, precision))
+    arithmetic, packed = MODELS[model_key(precision)].precision, card.get("packed")
+    if arithmetic == "FP32" and packed:
+        path, inputs, offset = path.with_name(PACKED_FILE), packed_inputs(card["inputs"]), packed["position_offset"]
+    else:
+        inputs, offset = card["inputs"], None
+    return {
+        "graph": str(path.resolve()),
+        "inputs": inputs,
+        "position_offset": offset,
+        "engine": engine,
+        "precision": arithmetic,
+        "cores": len(os.sched_getaffinity(0)),
+    }
+
+
+def write_one_pass(repository, output, precision, engine):
+    """Write the folder; returns a line of what it is, or None where only the ensemble serves."""
+    card = read_card(repository)
+    if card["task"] == OWN or HIDDEN_STATE in card["outputs"]:
+        return None
+    service = card["service"]
+    settings = graph_settings(repository, card, precision or service["precision"], engine)
+    settings["tokenizer"] = str(tokenizer_path(repository).parent.resolve())
+    with replace_folder_when_done(output) as temporary:
+        folder = temporary / service["name"]
+        write_service(folder / "1", card, load_tokenizer(tokenizer_path(repository)), settings)
+        write_file(
+            folder / "config.pbtxt", config_text(service_config(service["name"], card, service["max_batch_size"]))
+        )
+    form = "padded" if settings["position_offset"] is None else "packed"
+    return f"{service['name']}: one pass, {TITLES[engine]}, {settings['precision']}, {form}, {settings['cores']} cores"
+
+
+def parse_args():
+    parser = make_parser(__doc__)
+    parser.add_argument("--repository", type=Path, action="append", required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument(
+        "--precision", choices=(REFERENCE, *(m.precision for m in MODELS.values())), help="default: the service's"
+    )
+    parser.add_argument("--engine", choices=tuple(ENGINES), default="onnxruntime")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    for number, repository in enumerate(args.repository, 1):
+        folder = (args.output / str(number)).resolve()
+        said = write_one_pass(repository, folder, args.precision, args.engine)
+        print(folder if said else repository)
+        if said:
+            print(said, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
