@@ -221,7 +221,7 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that perf_analyzer is ended, as by Ctrl-C
     args.url, args.rounds = args.url or default_url(args.protocol), ROUNDS
     card = read_card(args.repository)
-    models = served_models(args.repository, card)
+    models = served_models(args.repository, card, args.url, args.protocol)
     if missing := set(args.models or ()) - models.keys():
         raise SystemExit(f"--models: expected some of {', '.join(models)}, found {', '.join(sorted(missing))}")
     server = read_server(args.url, args.protocol, models)

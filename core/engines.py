@@ -3,7 +3,10 @@
 
 def open_onnxruntime(path, output, precision, threads, streams):
     """A function from feeds to one output; several threads may call it at once, each with `threads` cores of its own."""
-    from onnx_runtime import open_session  # beside this file in a service
+    try:
+        from onnx_runtime import open_session  # beside this file in a service
+    except ImportError:
+        from core.onnx_runtime import open_session
 
     session = open_session(path, threads)
     return lambda feeds: session.run([output], feeds)[0]

@@ -19,6 +19,7 @@ FIELD_ORDER = (
     "optimization",
     "ensemble_scheduling",
     "model_warmup",
+    "parameters",
 )
 COMMENTS = {
     "max_batch_size": "texts in one request; the largest batch of the plans: --maxShapes of build_trt.sh",
@@ -114,13 +115,19 @@ def add_results(config, card):
         config.output.add(name=name, data_type=pb.TYPE_FP32, dims=dims)
 
 
-def service_config(name, card, max_batch_size):
-    """Texts -> answers in one model, which asks the graph's model itself: a text may be more than one row there."""
+def service_config(name, card, max_batch_size, one_pass=None):
+    """Texts -> answers in one model, which asks the graph's model, or in one pass executes the graph itself.
+
+    one_pass: what executes it, for people.
+    """
     config = pb.ModelConfig(name=name, backend="python", max_batch_size=max_batch_size)
     add_texts(config, card)
     add_results(config, card)
     config.dynamic_batching.SetInParent()
     config.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_CPU)
+    if one_pass:
+        config.parameters["one_pass"].string_value = one_pass
+        config.parameters["reference_sha256"].string_value = card["reference_sha256"]
     return config
 
 

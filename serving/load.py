@@ -24,6 +24,7 @@ from serving.counters import (
     read_statistics,
 )
 from serving.perf_analyzer import Hung, Refused, run_requests
+from serving.server import one_pass
 from tasks.table import TASKS
 
 ROUNDS = 3
@@ -55,10 +56,12 @@ class Level:
         return (max(self.speeds()) - min(self.speeds())) / statistics.median(self.speeds()) * 100
 
 
-def served_models(repository, card):
-    """{key: name in the repository} of all that can be measured alone."""
-    models = {key: EMBEDDERS[key] for key in present(repository)}
-    return models | {"tokenizer": "tokenizer", "ensemble": card["service"]["name"]}
+def served_models(repository, card, url, protocol):
+    """{key: name in the repository} of all that can be measured alone; a service in one pass has no parts."""
+    whole = {"ensemble": card["service"]["name"]}
+    if one_pass(whole["ensemble"], url, protocol):
+        return whole
+    return {key: EMBEDDERS[key] for key in present(repository)} | {"tokenizer": "tokenizer"} | whole
 
 
 def write_inputs(card, requests, tokenizer, folder):

@@ -54,14 +54,14 @@ def write_one_pass(repository, output, precision, engine):
     service = card["service"]
     settings = graph_settings(repository, card, precision or service["precision"], engine)
     settings["tokenizer"] = str(tokenizer_path(repository).parent.resolve())
+    form = "padded" if settings["position_offset"] is None else "packed"
+    by = f"{TITLES[engine]}, {settings['precision']}, {form}, {settings['cores']} cores"
+    config = service_config(service["name"], card, service["max_batch_size"], by)
     with replace_folder_when_done(output) as temporary:
         folder = temporary / service["name"]
         write_service(folder / "1", card, load_tokenizer(tokenizer_path(repository)), settings)
-        write_file(
-            folder / "config.pbtxt", config_text(service_config(service["name"], card, service["max_batch_size"]))
-        )
-    form = "padded" if settings["position_offset"] is None else "packed"
-    return f"{service['name']}: one pass, {TITLES[engine]}, {settings['precision']}, {form}, {settings['cores']} cores"
+        write_file(folder / "config.pbtxt", config_text(config))
+    return f"{service['name']}: one pass, {by}"
 
 
 def parse_args():

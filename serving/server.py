@@ -70,6 +70,21 @@ def read_config(model, url, protocol):
     )
 
 
+def one_pass(service, url, protocol):
+    """{"one_pass": what executes it, "reference_sha256"} of a service that executes its graph itself, else {}.
+
+    Exits where the server cannot be asked.
+    """
+    check_url(url)
+    try:
+        parameters = read_config(service, url, protocol).get("parameters", {})
+    except SERVER_ERRORS as error:
+        raise SystemExit(
+            f"{url}: expected {service} on a Triton server ({protocol}), found: {error}; ./serve.sh start"
+        ) from None
+    return {name: value["string_value"] for name, value in parameters.items()} if "one_pass" in parameters else {}
+
+
 def executed_by(config):
     """What executes a model, from its config as the server shows it: "TensorRT, GPU", "ONNX Runtime, CPU"."""
     engine = next((e for e in ENGINES.values() if e.platform in (config.get("platform"), config.get("backend"))), None)

@@ -73,10 +73,10 @@ def free_ports(count):
     return ports
 
 
-def start_server(*repositories):
+def start_server(*repositories, path="auto"):
     """Start the CPU server on free ports. Returns (process of serve.sh, ports)."""
     http, grpc, metrics = free_ports(3)
-    options = ["--http-port", http, "--grpc-port", grpc, "--metrics-port", metrics]
+    options = ["--http-port", http, "--grpc-port", grpc, "--metrics-port", metrics, "--path", path]
     for repository in repositories:
         options += ["--model-repository", repository]
     return run("serve.sh", "start", "--device", "cpu", *options), (http, grpc)
@@ -173,8 +173,8 @@ def reviews(trained, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def service(reviews):
-    """The classifier, served."""
-    done, (http, grpc) = start_server(reviews.repository)
+    """The classifier, served model by model."""
+    done, (http, grpc) = start_server(reviews.repository, path="ensemble")
     assert done.returncode == 0, done.stderr
     reviews.http_port, reviews.http, reviews.grpc = http, f"127.0.0.1:{http}", f"127.0.0.1:{grpc}"
     yield reviews

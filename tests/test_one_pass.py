@@ -1,0 +1,138 @@
+"""A service in one pass: its batches, and its answers beside those of the ensemble."""
+
+import concurrent.futures
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import post, start_server, succeed
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core import files, runner
+from core.repository import tokenizer_path
+from core.tokens import load_tokenizer
+from serving import server
+
+LENGTHS = st.lists(st.integers(1, 512), min_size=0, max_size=40)
+
+
+@given(LENGTHS, st.integers(1, 8))
+def test_every_text_is_in_one_batch_and_no_core_idles(lengths, cores):
+    for batches in (runner.packed_batches(lengths, cores), runner.padded_batches(lengths, cores)):
+        assert sorted(itertools.chain(*batches)) == list(range(len(lengths)))
+    batches = runner.packed_batches(lengths, cores)
+    if len(lengths) > 1:
+        assert len(batches) >= min(cores, len(lengths)) and all(batches)
+        loads = [sum(lengths[i] for i in batch) for batch in batches]
+        assert max(loads) - min(loads) <= max(lengths)
+
+
+@given(LENGTHS, st.integers(1, 8))
+def test_padding_stays_within_the_budget(lengths, cores):
+    for batch in runner.padded_batches(lengths, cores):
+        padded = len(batch) * max((lengths[i] for i in batch), default=0)
+        assert len(batch) < 2 or padded <= runner.BUDGET
+
+
+def test_a_long_text_beside_short_ones_costs_no_padding():
+    lengths = [512, *[20] * 31]
+    batches = runner.padded_batches(lengths, 2)
+    assert [0] in batches
+    assert sum(len(b) * max(lengths[i] for i in b) for b in batches) == sum(lengths)
+
+
+@pytest.fixture(scope="module")
+def paths(tiny):
+    """{path: the tiny classifier's service on it}, two servers."""
+    found = {}
+    for path in ("auto", "ensemble"):
+        done, (http, grpc) = start_server(tiny.repository, path=path)
+        assert done.returncode == 0, done.stderr
+        found[path] = SimpleNamespace(http_port=http, http=f"127.0.0.1:{http}", grpc=f"127.0.0.1:{grpc}")
+    yield found
+    for service in found.values():
+        succeed("serve.sh", "stop", "--http-port", service.http_port)
+
+
+def five_hundred_texts():
+    own = files.read_texts(files.TEXTS)
+    words = " ".join(own).split()
+    more = [" ".join(words[i : i + 1 + i % 60]) for i in range(500)]
+    return [*own, "", " ", "word " * 3000, *more][:500]
+
+
+def test_both_paths_give_the_same_answers(paths):
+    """One text a request, many at once: in one pass they meet others in their batch."""
+    texts = five_hundred_texts()
+    outputs = ["LABEL", "SCORE", "LOGITS"]
+
+    def ask(path, text):
+        return server.infer("tiny", server.text_tensor([text]), outputs, paths[path].grpc, "grpc")
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        answers = {path: list(pool.map(lambda text, path=path: ask(path, text), texts)) for path in paths}
+    for one, other in zip(answers["auto"], answers["ensemble"], strict=True):
+        assert one["LABEL"] == other["LABEL"]
+        np.testing.assert_allclose(one["LOGITS"], other["LOGITS"], atol=1e-5)
+        np.testing.assert_allclose(one["SCORE"], other["SCORE"], atol=1e-5)
+    client, _ = server.connect(paths["auto"].http, "http")
+    (stats,) = client.get_inference_statistics("tiny")["model_stats"]
+    assert stats["inference_count"] > 1.5 * stats["execution_count"]  # they did meet others
+
+
+BODIES = [
+    {"TEXT": "a", "parameters": {"top_k": 3}},
+    {"TEXT": "a", "parameters": {"top_k": "many"}},
+    {"TEXT": "a", "parameters": {"topk": 1}},
+    {"TEXTS": "a"},
+]
+
+
+@pytest.mark.parametrize("body", BODIES, ids=[str(body)[:50] for body in BODIES])
+def test_both_paths_refuse_alike(paths, body):
+    (status, answer), (other_status, other) = (
+        post(paths[path], "tiny/generate", body) for path in ("auto", "ensemble")
+    )
+    assert status == other_status == 400
+    assert answer["error"] == other["error"].removeprefix("in ensemble 'tiny', ")
+
+
+def test_a_bad_text_fails_alone(paths):
+    texts = [b"good", b"\xff\xfe", b"good", b"\xc3("] * 4
+
+    def ask(text):
+        tensor = {"TEXT": np.array([[text]], dtype=object)}
+        try:
+            return server.infer("tiny", tensor, ["LABEL"], paths["auto"].grpc, "grpc")
+        except server.SERVER_ERRORS as error:
+            return str(error)
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(ask, texts))
+    for text, answer in zip(texts, answers, strict=True):
+        assert isinstance(answer, dict) if text == b"good" else "TEXT: expected UTF-8" in answer
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_batches_give_what_each_text_gives_alone(tiny, packed):
+    from core.engines import open_onnxruntime
+    from core.repository import graph_path, read_card
+    from core.tables import PACKED_FILE
+
+    card, tokenizer = read_card(tiny.repository), load_tokenizer(tokenizer_path(tiny.repository))
+    padding = tokenizer.padding
+    tokenizer.no_padding()
+    path, offset = graph_path(tiny.repository, "ONNX"), None
+    if packed:
+        path, offset = path.with_name(PACKED_FILE), card["packed"]["position_offset"]
+    inputs = runner.packed_inputs(card["inputs"]) if packed else card["inputs"]
+    settings = {"inputs": inputs, "position_offset": offset, "per_token": False, "cores": 2}
+    run = runner.Runner(
+        settings, padding, lambda threads, streams: open_onnxruntime(path, "LOGITS", "FP32", threads, streams)
+    )
+    encodings = tokenizer.encode_batch(five_hundred_texts()[::25])
+    together = run(encodings)
+    for encoding, row in zip(encodings, together, strict=True):
+        np.testing.assert_allclose(run([encoding])[0], row, atol=1e-5)
