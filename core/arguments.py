@@ -49,7 +49,8 @@ def add_training_arguments(parser, output, **defaults):
 
 def check_training_arguments(parser, args):
     """Exit on numbers that train nothing, and where --output holds something else."""
-    if min(args.steps, args.batch_size, args.threads or 1) < 1 or not args.learning_rate > 0:
+    threads = 1 if args.threads is None else args.threads
+    if min(args.steps, args.batch_size, threads) < 1 or not args.learning_rate > 0:
         parser.error("--steps, --batch-size, --threads, --learning-rate: expected more than 0")
     if args.quick:
         args.steps = min(args.steps, QUICK_STEPS)
