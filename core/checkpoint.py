@@ -15,8 +15,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import AutoConfig, AutoTokenizer
 
 from core.arguments import DEFAULT_MODEL, PACKAGED_MODEL
-from core.files import sha256
+from core.files import read_json, sha256
 from core.packaged import PACKAGES, package_folder, packaged_checkpoint
+from core.packaged import RECORD as PACKAGED_RECORD
 from core.tables import ATTENTION_MASK, INPUT_IDS, TOKEN_TYPE_IDS
 
 transformers.utils.logging.disable_progress_bar()  # loading takes less than a second
@@ -24,6 +25,8 @@ transformers.utils.logging.disable_progress_bar()  # loading takes less than a s
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
 # the root of a checkpoint only: subfolders hold other formats
 HUB_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
+# files in a checkpoint's folder -> what the record of an export repeats of them
+NOTES = {PACKAGED_RECORD: ("licence", "attribution"), "training.json": ("label",)}
 THREE_WAYS = (
     "three ways on: 1. --model FOLDER with a checkpoint copied to this machine; "
     f"2. --model {PACKAGED_MODEL}, real MiniLM weights from a pip package; "
@@ -42,7 +45,7 @@ def find_checkpoint(args):
         return packaged_checkpoint(args.model)
     folder = Path(args.model)
     if folder.is_dir():
-        return folder, {"name": folder.resolve().name, "source": "local folder", "revision": None}
+        return folder, {"name": folder.resolve().name, "source": "local folder", "revision": None} | read_notes(folder)
     if args.model.startswith((".", "/", "~")) or args.model.count("/") > 1:
         raise SystemExit(f"{args.model}: expected a folder with a checkpoint, found none; check the path")
     if args.random_weights and args.model == DEFAULT_MODEL:
@@ -70,6 +73,12 @@ def find_checkpoint(args):
         first_line = str(error).strip().splitlines()[0]
         raise SystemExit(f"{args.model}: expected a model on the hub, found: {first_line}; {THREE_WAYS}") from None
     return folder, {"name": args.model.split("/")[-1], "source": f"hub: {args.model}", "revision": folder.name}
+
+
+def read_notes(folder):
+    """Licence and attribution of copied packaged weights, and the label of a small model of examples/."""
+    found = {name: read_json(folder / name, "remove it") for name in NOTES if (folder / name).is_file()}
+    return {key: found[name][key] for name in found for key in NOTES[name] if key in found[name]}
 
 
 def check_checkpoint(folder, tokenizer, random_weights=False):

@@ -13,7 +13,7 @@ import torch
 import transformers
 from onnx import TensorProto, helper, numpy_helper
 
-from core import checkpoint, packaged
+from core import checkpoint, files, packaged
 from core.arguments import PACKAGED_CHAT, PACKAGED_ENTITIES, PACKAGED_MODEL
 from core.onnx_runtime import open_session
 
@@ -136,6 +136,17 @@ def test_a_checkpoint_is_made_once_and_again_for_another_version(stand_in):
     assert stand_in.calls == 2 and "1.5.0" in card["source"]
     assert (folder / "model.safetensors").read_text() == "1.5.0"
     assert json.loads((folder / packaged.RECORD).read_text()) == card
+
+
+def test_a_copy_of_a_made_checkpoint_keeps_licence_and_attribution(stand_in, tmp_path):
+    folder, card = checkpoint.find_checkpoint(Namespace(model=PACKAGED_ENTITIES))
+    copy = folder.rename(tmp_path / "copy")
+    files.write_json(copy / "training.json", {"label": "a small model", "loss": 1.0})
+    _, found = checkpoint.find_checkpoint(Namespace(model=str(copy)))
+    assert {key: found[key] for key in ("licence", "attribution")} == {
+        key: card[key] for key in ("licence", "attribution")
+    }
+    assert found["label"] == "a small model" and "loss" not in found
 
 
 def test_a_package_with_other_files_leaves_no_half_checkpoint(stand_in, tmp_path):
