@@ -11,7 +11,7 @@ FLOORS = {"core": 0, "tasks": 1, "serving": 2, "precision": 2, "roofline": 2, "v
 TOP = 4  # scripts
 
 
-def tracked(pattern=""):
+def tracked(pattern="."):
     listing = subprocess.run(["git", "ls-files", pattern], cwd=ROOT, capture_output=True, text=True)
     if listing.returncode:
         pytest.skip("no checkout: git does not list the files")
