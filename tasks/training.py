@@ -132,6 +132,9 @@ def save_checkpoint(folder, model, tokenizer, record):
 
     weights_sha256 ties the record to what is exported and studied: a folder can be renamed.
     """
+    # else the cut and the padding of the last batch are saved with it
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     with replace_folder_when_done(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

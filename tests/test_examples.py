@@ -109,6 +109,7 @@ def test_a_trained_question_answerer_loads_and_its_record_is_true(tmp_path):
     assert record["label"] == qa.LABEL and record["weights_sha256"] == weights_sha256(output)
     model = transformers.AutoModelForQuestionAnswering.from_pretrained(output)
     tokenizer = transformers.AutoTokenizer.from_pretrained(output)
+    assert tokenizer.backend_tokenizer.truncation is tokenizer.backend_tokenizer.padding is None
     examples = qa.make_examples("held out", qa.HELD_OUT_QUICK, held_out=True)
     answers = qa.answer(model, tokenizer, examples, Namespace(max_length=256, batch_size=4))
     assert record["held_out"] == qa.measure_quality(answers, [context[a:b] for _, context, a, b in examples])
