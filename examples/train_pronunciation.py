@@ -7,7 +7,7 @@ Run:    ./examples/train_pronunciation.py --threads 2
 Prints: phoneme and word error rate on words that the training never saw, and some pronunciations.
 
 No T5, BART or Marian weights come in a pip package; this one shows the service with answers that can be judged by
-eye: "hello" -> HH AH0 L OW1, in the dictionary's phonemes; a vowel's digit is its stress. It takes one word.
+eye: "table" -> T EY1 B AH0 L, in the dictionary's phonemes; a vowel's digit is its stress. It takes one word.
 """
 
 import importlib.util
@@ -26,7 +26,7 @@ LABEL = "trained on the CMU Pronouncing Dictionary by this project; pronounces o
 REQUIREMENTS = "examples/requirements-pronunciation.txt"
 WORD = re.compile("[a-z]{2,14}")
 HELD_OUT_EVERY = 50  # words
-SHOWN = ("hello", "pronunciation", "triton")
+SHOWN = ("table", "pronunciation", "triton")
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 MAX_PHONEMES = 24
 SIZES = {"d_model": 128, "d_kv": 32, "d_ff": 512, "num_heads": 4, "num_layers": 3, "num_decoder_layers": 3}
