@@ -12,7 +12,7 @@ Prints: accuracy on --eval after each epoch; the checkpoint of the best epoch is
 import time
 from pathlib import Path
 
-from core.arguments import PACKAGED_MODEL, make_parser
+from core.arguments import PACKAGED_MODEL, check_output, make_parser
 from core.files import RESULTS, sha256, slug, write_json
 from core.labelled import REVIEWS, add_column_arguments, class_indices, read_labelled
 from core.record import environment_record, results_folder
@@ -61,11 +61,7 @@ def parse_args():
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--threads", type=int, help="how many compute (default: torch's choice)")
     args = parser.parse_args()
-    if args.output.exists() and not (args.output / "training.json").is_file():
-        raise SystemExit(
-            f"--output: expected a new folder or a checkpoint of this script, found {args.output} with other things in it; "
-            "name another, or remove it"
-        )
+    check_output(args.output)
     if min(args.epochs, args.batch_size) < 1:
         parser.error("--epochs, --batch-size: expected at least 1")
     args.random_weights = args.packaged_if_offline = False

