@@ -23,6 +23,12 @@ def export_onnx(module, card, path):
     """Module -> ONNX; batch dynamic, length fixed or dynamic. The file's content depends on the input alone."""
     length = card["max_length"] if card["fixed_length"] else min(TRACED_LENGTH, card["max_length"])
     axes = {0: "batch"} | ({} if card["fixed_length"] else {1: "length"})
+    axes = {"tensors": tuple(axes for _ in card["inputs"])}
+    trace_onnx(module, sample_input(card["inputs"], 2, length), axes, card["inputs"], list(card["outputs"]), path)
+
+
+def trace_onnx(module, sample, axes, inputs, outputs, path):
+    """Module -> ONNX, traced on the tensors of `sample`; axes: those that are dynamic, as torch.export takes them."""
     # the exporter warns about its own use of torch; its optimizer logs a reshape that it gives up to fold
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     for logger in loggers:
@@ -31,13 +37,13 @@ def export_onnx(module, card, path):
         warnings.simplefilter("ignore")
         torch.onnx.export(
             module,
-            sample_input(card["inputs"], 2, length),
+            sample,
             str(path),
             dynamo=True,
             opset_version=OPSET,
-            input_names=card["inputs"],
-            output_names=list(card["outputs"]),
-            dynamic_shapes={"tensors": tuple(axes for _ in card["inputs"])},
+            input_names=inputs,
+            output_names=outputs,
+            dynamic_shapes=axes,
             external_data=False,
             verbose=False,
         )

@@ -94,6 +94,7 @@ def model_key(precision):
 # names of tensors
 TEXT, INPUT_IDS, ATTENTION_MASK, TOKEN_TYPE_IDS = "TEXT", "INPUT_IDS", "ATTENTION_MASK", "TOKEN_TYPE_IDS"
 EMBEDDING, LOGITS, LABEL, SCORE = "EMBEDDING", "LOGITS", "LABEL", "SCORE"
+PAST, PRESENT, CROSS = "PAST", "PRESENT", "CROSS"  # caches of a generating model
 
 MAX_LENGTH = 128  # tokens per text of the task's own embedders
 MAX_BATCH_SIZE = 8  # the largest batch of the plans: --maxShapes of build_trt.sh
