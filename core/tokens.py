@@ -27,8 +27,8 @@ def encode(tokenizer, texts, inputs):
     return {name: np.array([getattr(e, FIELDS[name]) for e in encodings], dtype=np.int64) for name in inputs}
 
 
-def served_tokenizer(tokenizer, card):
-    """A checkpoint's tokenizer as the server runs it: lengths and padding are written into it."""
+def saved_tokenizer(tokenizer):
+    """A checkpoint's tokenizer as the tokenizers library has it, without transformers; exits if it saves none."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         path = Path(folder) / "tokenizer.json"
@@ -37,7 +37,12 @@ def served_tokenizer(tokenizer, card):
                 f"{tokenizer.name_or_path}: expected a tokenizer that saves tokenizer.json, found {os.listdir(folder)}; "
                 "name a fast tokenizer with --tokenizer"
             )
-        served = load_tokenizer(path)
+        return load_tokenizer(path)
+
+
+def served_tokenizer(tokenizer, card):
+    """A checkpoint's tokenizer as the server runs it: lengths and padding are written into it."""
+    served = saved_tokenizer(tokenizer)
     limit = card["max_length"]
     served.enable_truncation(limit, direction=tokenizer.truncation_side)
     padding = {

@@ -37,3 +37,23 @@ TASKS = {
         {"relative_l2_error": 0.05, "mean_cosine": 0.9}, {"relative_l2_error": 0.06, "mean_cosine": 0.9},
     ),
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A task that answers token by token, through a service that runs its graphs in a loop; FP32 and FP16 only."""
+
+    auto_model: str  # class of transformers that loads the checkpoint
+    mapping: str  # of transformers, from model types to the classes that have the head
+    inputs: tuple  # of the service; where there are several, a request has one of them
+    graphs: tuple  # folders of a repository
+
+
+GENERATION = {
+    "text2text-generation": Generation(
+        "AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", ("TEXT",), ("encoder", "decoder")
+    ),
+    "text-generation": Generation(
+        "AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", ("TEXT", "MESSAGES"), ("decoder",)
+    ),
+}
