@@ -21,7 +21,7 @@ from pathlib import Path
 from core.arguments import add_model_arguments, make_parser
 from core.files import ASSETS, REPOSITORY, RESULTS, ROOT, TEXTS
 from core.tables import EMBEDDERS, MAX_BATCH_SIZE, REFERENCE
-from tasks.table import TASKS
+from tasks.table import GENERATION, TASKS
 
 
 def check_place(args, repository):
@@ -115,10 +115,43 @@ def export(args):
     print(path if own else repository)
 
 
+def export_generation(args):
+    """Checkpoint -> a repository that generates: graphs, their configs, and the service that runs them."""
+    # torch and transformers take seconds: -h answers first
+    from core.export import OPSET
+    from core.files import read_texts, sha256, slug, write_json
+    from core.record import environment_record
+    from core.repository import RECORD, check_name, own_record
+    from core.tokens import saved_tokenizer
+    from serving.generation import graph_paths, write_repository
+    from tasks.generation import load
+    from tasks.generation_check import save_graphs
+
+    model, tokenizer, card = load(args)
+    served = saved_tokenizer(tokenizer)
+    served.no_padding()
+    served.no_truncation()  # what is too long is refused
+    card |= {"task": args.task, "slug": slug(card["name"]), "opset": OPSET}
+    card["parameters"] = sum(p.numel() for p in model.parameters())
+    repository = args.repository or ROOT / "build" / (args.name or card["slug"])
+    check_place(args, repository)
+    name = check_name(args.name or repository.resolve().name, "--name")
+    print(f"{card['name']} ({card['source']}), {card['parameters']:,} parameters")
+    paths = graph_paths(repository, card)
+    card["max_error_to_torch"] = save_graphs(args, model, tokenizer, card, read_texts(args.texts), paths)
+    card |= {"reference_sha256": sha256(*paths.values()), "environment": environment_record()}
+    for path in graph_paths(repository, card, "FP16").values():  # of an older export
+        shutil.rmtree(path.parents[1], ignore_errors=True)
+    card["service"] = {"name": own_record(repository).get("service", {}).get("name", name)}
+    write_json(repository / RECORD, card)
+    write_repository(repository, served, name=name, precision=REFERENCE, max_batch_size=args.max_batch_size)
+    print(repository)
+
+
 def parse_args():
     parser = make_parser(__doc__)
     add_model_arguments(parser)
-    parser.add_argument("--task", choices=tuple(TASKS), default="embedding")
+    parser.add_argument("--task", choices=(*TASKS, *GENERATION), default="embedding")
     parser.add_argument(
         "--max-error", type=float, default=1e-4, help="largest allowed abs error to torch (default: %(default)s)"
     )
@@ -133,9 +166,15 @@ def parse_args():
     parser.add_argument(
         "--labels", type=Path, help='of a classifier: JSON, {"0": "negative", …} or inverted (default: id2label)'
     )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=128,
+        help="most that a request may ask a generating service for (default: %(default)s)",
+    )
     args = parser.parse_args()
-    if args.num_outputs < 1 or args.max_batch_size < 1:
-        parser.error("--num-outputs, --max-batch-size: expected at least 1")
+    if args.num_outputs < 1 or args.max_batch_size < 1 or args.max_new_tokens < 1:
+        parser.error("--num-outputs, --max-batch-size, --max-new-tokens: expected at least 1")
     if args.max_length is not None and args.max_length < 3:
         parser.error("--max-length: expected at least 3, two special tokens and one of text")
     if args.task == "embedding":
@@ -150,7 +189,8 @@ def parse_args():
 
 
 def main():
-    export(parse_args())
+    args = parse_args()
+    (export_generation if args.task in GENERATION else export)(args)
 
 
 if __name__ == "__main__":

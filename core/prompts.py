@@ -77,13 +77,17 @@ def read_messages(text):
         raise ValueError(f"MESSAGES: expected a list with a message at least, found {str(messages)[:60]}; {form}")
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or message.keys() != {"role", "content"}:
-            raise ValueError(f"MESSAGES: expected role and content in message {number}, found {str(message)[:60]}; {form}")
+            raise ValueError(
+                f"MESSAGES: expected role and content in message {number}, found {str(message)[:60]}; {form}"
+            )
         if message["role"] not in ROLES:
             raise ValueError(
                 f"MESSAGES: expected a role of {', '.join(ROLES)} in message {number}, found {str(message['role'])[:60]!r}"
             )
         if not isinstance(message["content"], str):
-            raise ValueError(f"MESSAGES: expected a text as content of message {number}, found {message['content']!r:.60}")
+            raise ValueError(
+                f"MESSAGES: expected a text as content of message {number}, found {message['content']!r:.60}"
+            )
     return messages
 
 

@@ -10,6 +10,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from core.tables import ATTENTION_MASK, CROSS, INPUT_IDS, LOGITS, PAST, PRESENT
 
+BEYOND = "such a model is for the vLLM or TensorRT-LLM backend of Triton"  # what a message recommends
 # the exporter takes 0 and 1 for constants: none of these may be one
 TRACED_BATCH, TRACED_TOKENS, TRACED_PAST, TRACED_SOURCE = 2, 3, 5, 7
 
