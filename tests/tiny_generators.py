@@ -15,7 +15,7 @@ CAUSAL = {
 CROSS = {
     "vocab_size": SIZE, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
     "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 192,
-    "decoder_start_token_id": 2, "forced_eos_token_id": None,
+    "decoder_start_token_id": 2, "forced_eos_token_id": None, "tie_word_embeddings": False,
 }  # fmt: skip
 T5 = {
     "vocab_size": SIZE, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4,
@@ -48,7 +48,7 @@ def make_tokenizer(chat_template=None):
 
 
 def make_model(kind, seed=0):
-    """A model of KINDS whose weights are so large that greedy tokens vary."""
+    """A model of KINDS whose weights have such a size that greedy tokens vary."""
     import torch
     import transformers
 
@@ -57,10 +57,11 @@ def make_model(kind, seed=0):
     config = getattr(transformers, name)(**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     model = auto.from_config(config, attn_implementation="eager").eval()
+    scale = 0.7 if kind in ("bart", "marian") else 1.4
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.normal_(std=3 * parameter.shape[-1] ** -0.5)
+                parameter.normal_(std=scale * parameter.shape[-1] ** -0.5)
     return model
 
 
