@@ -6,6 +6,7 @@ import transformers
 from transformers.models.auto import modeling_auto
 
 from core.checkpoint import check_vocabulary, load_config, load_pretrained, load_tokenizer
+from core.prompts import compile_template
 from core.sources import find_folders
 from core.tables import LOGITS
 from tasks.generation_graphs import BEYOND, cache_dims
@@ -48,7 +49,7 @@ def load(args):
         "fixed_length": False,
         "max_new_tokens": args.max_new_tokens,
         "generation": find_settings(model, tokenizer, folder),
-        "chat_template": tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
+        "chat_template": read_template(tokenizer, tokenizer_folder),
         "special_tokens": {key: v for key, v in tokenizer.special_tokens_map.items() if isinstance(v, str)},
     }
     warn_of_settings(card["name"], model.generation_config)
@@ -116,6 +117,18 @@ def find_settings(model, tokenizer, folder):
         "suppressed": sorted({*banned, *(generation.suppress_tokens or ())}),
         "first": generation.forced_bos_token_id if start is not None else None,
     }
+
+
+def read_template(tokenizer, folder):
+    """The checkpoint's chat template, None where it has none or several; exits where it is broken."""
+    source = tokenizer.chat_template
+    if not isinstance(source, str):
+        return None
+    try:
+        compile_template(source)
+    except Exception as error:  # jinja2's, of several kinds
+        raise SystemExit(f"{folder}: expected a chat template in Jinja, found: {error}; correct it") from None
+    return source
 
 
 def warn_of_settings(name, generation):
