@@ -50,9 +50,6 @@ def quiet_logger(trt, messages):
     """A logger that keeps errors in a list instead of printing them."""
 
     class Logger(trt.ILogger):
-        def __init__(self):
-            trt.ILogger.__init__(self)
-
         def log(self, severity, message):
             if severity <= trt.ILogger.Severity.ERROR:
                 messages.append(message)

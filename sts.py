@@ -12,7 +12,6 @@ few outputs a token say less than the encoder's hidden state. A sentence's vecto
 mean of its real tokens' hidden states, as Sentence-BERT does (Reimers and Gurevych 2019).
 """
 
-import csv
 import math
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from core.arguments import make_parser
 from core.files import REPOSITORY, RESULTS, TEXTS, read_texts, sha256, split_texts, spread, write_json
+from core.labelled import read_rows
 from core.metrics import deviations
 from core.onnx_runtime import open_session
 from core.record import environment_record, results_folder
@@ -36,15 +36,8 @@ MIN_PAIRS = 3  # fewer have no rank correlation
 
 def read_pairs(path):
     """[(sentence, sentence, score)] of a CSV; exits on a line that has another form."""
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.reader(file) if row]
-    except OSError as error:
-        raise SystemExit(f"{path}: expected a CSV file, found {error.strerror}; name one with --sts") from None
-    except UnicodeDecodeError as error:
-        raise SystemExit(f"{path}: expected UTF-8, found {error}; convert the file") from None
     pairs = []
-    for number, row in enumerate(rows, 1):
+    for number, (_, row) in enumerate(read_rows(path, "a CSV file of sentence pairs"), 1):
         try:
             first, second, score = row
             pairs.append((first, second, float(score)))
@@ -117,7 +110,9 @@ def correlate(session, name, batches, scores):
 
 def parse_args():
     parser = make_parser(__doc__)
-    parser.add_argument("--sts", type=Path, help="CSV: sentence, sentence, score; without it hidden states alone")
+    parser.add_argument(
+        "--sts", type=Path, help="CSV (else by tabs): sentence, sentence, score; without it hidden states alone"
+    )
     parser.add_argument("--max-texts", type=int, help="use this many texts, and pairs, evenly spread")
     parser.add_argument("--repository", type=Path, default=REPOSITORY)
     parser.add_argument("--results", type=Path, default=RESULTS)

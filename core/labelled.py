@@ -1,4 +1,4 @@
-"""Labelled texts from a TSV or CSV file: what train_classifier.py and verdicts.py read.
+"""Labelled texts from a TSV or CSV file: what train_classifier.py and verdicts.py read; sts.py reads its pairs so too.
 
 Columns are named as in the file's first line, or numbered from 1 where it has none. Whatever
 does not fit is named with its line.
@@ -19,8 +19,11 @@ def add_column_arguments(parser):
     parser.add_argument("--label-column", default="label", help=help_text)
 
 
-def read_rows(path):
-    """[(line number, cells)] of a UTF-8 file, with or without a BOM: .csv by commas and quotes, any other by tabs."""
+def read_rows(path, what):
+    """[(line number, cells)] of a UTF-8 file, with or without a BOM: .csv by commas and quotes, any other by tabs.
+
+    what: names the file's content where it is missing or empty.
+    """
     path = Path(path)
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -29,11 +32,11 @@ def read_rows(path):
             reader = csv.reader(file, **({} if path.suffix == ".csv" else tabs))
             rows = [(reader.line_num, row) for row in reader if row]
     except OSError as error:
-        raise SystemExit(f"{path}: expected a file of labelled texts, found {error.strerror}; check the path") from None
+        raise SystemExit(f"{path}: expected {what}, found {error.strerror}; check the path") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise SystemExit(f"{path}: expected UTF-8 text in columns, found {error}; convert the file") from None
     if not rows:
-        raise SystemExit(f"{path}: expected labelled texts, found an empty file; write one text and label a line")
+        raise SystemExit(f"{path}: expected {what}, found an empty file; fill it")
     return rows
 
 
@@ -51,7 +54,7 @@ def find_columns(path, first, columns):
 
 def read_labelled(path, text_column, label_column):
     """(texts, labels) of a file, both lists of str. Exits on a wrong column or an empty cell."""
-    rows = read_rows(path)
+    rows = read_rows(path, "a file of labelled texts")
     indices, named = find_columns(path, rows[0][1], (text_column, label_column))
     texts, labels = [], []
     for line, cells in rows[1:] if named else rows:

@@ -1,5 +1,7 @@
 """Check of a graph with Q/DQ: signed, symmetric, weights per channel, and at the inputs of MatMuls alone."""
 
+from collections import Counter
+
 import onnx
 from onnx import numpy_helper
 
@@ -9,16 +11,10 @@ from precision.int8_graph import GraphIndex
 
 def quantized_matmuls(graph):
     """Names of MatMul and Gemm nodes whose both operands come from DequantizeLinear."""
-    producer = {output: node for node in graph.graph.node for output in node.output}
-
-    def dequantized(name):
-        node = producer.get(name)
-        while node is not None and node.op_type in ("Transpose", "Cast"):
-            node = producer.get(node.input[0])
-        return node is not None and node.op_type == "DequantizeLinear"
-
-    nodes = (n for n in graph.graph.node if n.op_type in ("MatMul", "Gemm"))
-    return {n.name for n in nodes if dequantized(n.input[0]) and dequantized(n.input[1])}
+    index = GraphIndex(graph)
+    ends = [node.output[0] for node in index.nodes if node.op_type == "DequantizeLinear"]
+    read = Counter(reader.name for end in ends for reader, _ in readers_of(index, end))
+    return {n.name for n in index.nodes if n.op_type in ("MatMul", "Gemm") and read[n.name] >= 2}
 
 
 def readers_of(index, name, transposes=0):

@@ -149,23 +149,15 @@ class Surgeon:
 
     def finish(self):
         """The graph with all nodes in order, without constants that nothing reads."""
-        nodes = []
-        for node in self.index.nodes:
-            nodes += [*self.before.get(node.name, []), node]
-        nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-        del self.model.graph.node[:]
-        self.model.graph.node.extend(nodes)
-        self.model.graph.initializer.extend(self.added.values())
-        return drop_unused(self.model)
+        nodes = [n for node in self.index.nodes for n in (*self.before.get(node.name, []), node)]
+        return rebuild(self.model, nodes, [*self.model.graph.initializer, *self.added.values()])
 
 
-def drop_unused(model):
-    """The same graph without the constants that nothing reads."""
-    read = {name for node in model.graph.node for name in node.input}
-    kept = [i for i in model.graph.initializer if i.name in read]
-    kept = [onnx.TensorProto.FromString(i.SerializeToString()) for i in kept]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
+def rebuild(model, nodes, constants):
+    """The model with these nodes, and with those of the constants that they read."""
+    read, old = {name for node in nodes for name in node.input}, model.graph
+    kept = [c for c in constants if c.name in read]
+    model.graph.CopyFrom(helper.make_graph(nodes, old.name, old.input, old.output, kept, value_info=old.value_info))
     return model
 
 

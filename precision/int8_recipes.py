@@ -64,11 +64,6 @@ def round_values(values, scale):
     return np.clip(np.rint(values / scale), -INT8_MAX, INT8_MAX) * scale
 
 
-def weight_scales(weight):
-    """Step of each output channel: its largest absolute value over 127."""
-    return np.maximum(np.abs(weight).max(axis=0), SMALLEST) / INT8_MAX
-
-
 def smoothing_factors(activations, weight, alpha):
     """SmoothQuant, equation 4: amax(x)^alpha / amax(w)^(1 - alpha) per input channel; ones for alpha 0."""
     if not alpha:
@@ -89,7 +84,7 @@ class Candidate:
         self.factors = smoothing_factors(activations - self.offsets, weight, alpha)
         self.largest = float(np.abs(self.smooth(activations)).max())
         self.weight = weight * self.factors[:, None]
-        self.weight_scale = weight_scales(self.weight)
+        self.weight_scale = np.maximum(np.abs(self.weight).max(axis=0), SMALLEST) / INT8_MAX  # per output channel
         self.rounded = round_values(self.weight, self.weight_scale)
 
     def smooth(self, activations):
@@ -115,17 +110,9 @@ def find_recipe(activations, held_out, weights, biased):
     whether every one of them has a bias, without which offsets are not exact.
     """
     weight = np.concatenate(list(weights.values()), axis=1)
-    expected = held_out @ weight
-    power = np.concatenate(
-        [
-            np.full(w.shape[1], 1 / np.square(part).sum())
-            for w, part in zip(
-                weights.values(),
-                np.split(expected, np.cumsum([w.shape[1] for w in weights.values()])[:-1], axis=1),
-                strict=True,
-            )
-        ]
-    )
+    outputs = [held_out @ w for w in weights.values()]
+    expected = np.concatenate(outputs, axis=1)
+    power = np.concatenate([np.full(o.shape[1], 1 / np.square(o).sum()) for o in outputs])
     best, least = None, np.inf
     for use_offsets in (False, True) if biased else (False,):
         for alpha in ALPHAS:

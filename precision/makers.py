@@ -17,7 +17,7 @@ import onnx
 from onnx import helper
 
 from core.tables import PRECISIONS
-from precision.int8_graph import Surgeon, drop_unused
+from precision.int8_graph import Surgeon, rebuild
 from precision.int8_graph import insert_int8 as insert_pairs
 
 # calibration: encoded texts; recipes: of int8_recipes.py; chosen: names of the MatMuls in INT8
@@ -87,7 +87,7 @@ def insert_int8_fp16(reference, learnt):
     """BEST: the same Q/DQ, FP16 around them."""
     with quiet_modelopt() as autocast:
         graph = autocast.convert.convert_to_f16(insert_int8(reference, learnt), keep_io_types=True)
-    return drop_unused(graph)
+    return rebuild(graph, graph.graph.node, graph.graph.initializer)
 
 
 # --- TF32 ----------------------------------------------------------------------------

@@ -56,12 +56,10 @@ def rule(record):
             f"A verdict is whether the logit of `{record['positive']}` reaches {record['threshold']:.4f}, the threshold that gives "
             f"the original model the best recall at a precision of at least {record['precision']:g}."
         )
-    same = (record["threshold"] is None) == (served == "largest logit")
-    return (
-        f"{text} The service answers by {'the same rule' if same else f'another rule, the {served}'}."
-        if served
-        else text
-    )
+    if served:
+        same = (record["threshold"] is None) == (served == "largest logit")
+        text += f" The service answers by {'the same rule' if same else f'another rule, the {served}'}."
+    return text
 
 
 def agreement_table(record):

@@ -99,14 +99,6 @@ def intensity(layer, batch, length, precision):
     return cost(layer, batch, length).flops / bytes_moved(layer, batch, length, precision)
 
 
-def fold_equal(kinds):
-    """Kinds of layers of one operation and shape as lists: Q, K, V and the output projection share every number."""
-    groups = {}
-    for kind in kinds:
-        groups.setdefault((kind["op"], *sorted(kind["shape"].items())), []).append(kind)
-    return list(groups.values())
-
-
 # --- a GPU ---------------------------------------------------------------------------
 
 
@@ -194,12 +186,6 @@ def fused_bytes(group, batch, length, precision):
         inner = cost(before, batch, length).outputs
         total -= inner * (element_bytes(before, precision)[2] + element_bytes(after, precision)[0])
     return total
-
-
-def fused_intensity(group, batch, length, precision):
-    """FLOP/byte of a group; matmuls alone in fused attention, whose softmax runs on other units: L / s."""
-    matmuls = [layer for layer in group if is_matmul(layer)] or group
-    return sum(cost(layer, batch, length).flops for layer in matmuls) / fused_bytes(group, batch, length, precision)
 
 
 def least_time(groups, batch, length, precision, gpu):

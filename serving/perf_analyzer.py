@@ -1,7 +1,5 @@
-"""NVIDIA's perf_analyzer: find it, or fetch it, and run it for a given number of requests.
-
-Taken from PATH; where there is none (or only the empty package of that name), from the
-tritonclient wheel that carries it, into build/perf_analyzer/; or from the SDK image.
+"""NVIDIA's perf_analyzer: find it where perf.py says, or fetch it into build/perf_analyzer/, and run it for a given
+number of requests.
 """
 
 import contextlib

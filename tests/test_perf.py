@@ -153,14 +153,7 @@ def test_a_level_that_never_settles_is_repeated_longer_and_marked(chain, tmp_pat
     assert "UNSTABLE" in done.stdout
 
 
-def test_ranges_of_concurrency():
-    assert perf.parse_range("1:4") == (1, 2, 3, 4) and perf.parse_range("2:8:3") == (2, 5, 8)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [("--concurrency-range", "4:1"), ("--concurrency-range", "a"), ("--concurrency", "0"), ("--batch-size", "9")],
-)
+@pytest.mark.parametrize("options", [("--concurrency", "a"), ("--concurrency", "0"), ("--batch-size", "9")])
 def test_bad_usage_exits_2(options):
     assert run("perf.py", *options).returncode == 2
 

@@ -103,11 +103,6 @@ def test_the_head_is_bound_by_memory_on_every_gpu():
                 assert roofline.threshold(linear(768, 2), 128, precision, peak, gpu["bandwidth"])["verdict"] == "never"
 
 
-def test_layers_of_one_operation_and_shape_are_folded():
-    kinds = [linear(768, 768) | {"kind": "Q"}, linear(768, 768) | {"kind": "K"}, linear(768, 3072), ADD]
-    assert [[k["kind"] for k in group] for group in roofline.fold_equal(kinds)] == [["Q", "K"], ["x"], ["residual add"]]
-
-
 # --- hardware ------------------------------------------------------------------------
 
 

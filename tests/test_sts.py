@@ -48,7 +48,7 @@ def test_hidden_states_and_similarities_of_every_graph(exported, tmp_path):
         ("a,b,1\na,b\n", "row 2"),
         ("a,b,1\n", "at least 3 pairs"),
         ("a,b,1\na,b,2\na,b,nan\n", "finite"),
-        ("", "found 0"),
+        ("", "an empty file"),
     ],
 )
 def test_pairs_of_another_form_are_refused(exported, tmp_path, text, word):

@@ -68,9 +68,9 @@ def test_study_through_the_server_shows_every_model_and_a_conclusion(studied, se
     assert "conclusion: " in studied.stdout and "McNemar" in studied.stdout
     row = record["models"]["TRT_INT8"]
     assert f"confusion TRT_INT8: torch positive: {row['confusion'][1][0]} not positive, " in studied.stdout
-    assert f"{row['deviation']['min']:10.4f}" in studied.stdout
+    assert f"from {row['deviation']['min']:.4f} to " in studied.stdout
     if row["closest_threshold"]:
-        assert f"{row['closest_threshold']['threshold']:10.4f}" in studied.stdout
+        assert f"TRT_INT8: {row['closest_threshold']['threshold']:.4f} leaves " in studied.stdout
 
 
 def test_verdicts_can_be_counted_again_from_the_logits(studied, service):

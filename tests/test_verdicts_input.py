@@ -55,7 +55,7 @@ def test_of_three_classes_the_largest_logit_is_the_verdict(three, tmp_path):
 
 def test_one_class_is_held_against_the_rest_when_named(three, tmp_path):
     done = study_three(three, tmp_path, "--positive", "b", "--precision", 0.2)
-    assert done.returncode == 0 and "service: its LABEL is the largest logit" in done.stdout
+    assert done.returncode == 0 and "answers by another rule, the largest logit" in done.stdout
     record = record_of(tmp_path, "three-checkpoint")
     assert record["positive"] == "b" and np.shape(record["models"]["ONNX"]["confusion"]) == (2, 2)
     assert record["served_verdict"] == "largest logit" and record["threshold"] is not None

@@ -62,13 +62,8 @@ def gather(texts, size, name, answer):
 def torch_logits(args, card, texts):
     """float32 [texts, classes] of the original checkpoint, with its own tokenizer."""
     length = card["max_length"]
-    original = vars(args) | {
-        "max_length": length,
-        "labels": None,
-        "random_weights": False,
-        "packaged_if_offline": False,
-    }
-    module, tokenizer, found = classification.load(Namespace(**original))
+    options = {"max_length": length, "labels": None, "random_weights": False, "packaged_if_offline": False}
+    module, tokenizer, found = classification.load(Namespace(**vars(args) | options))
     for what, key, show in (("classes", "labels", len), ("weights", "weights_sha256", lambda digest: digest[:12])):
         if card.get(key) and show(found.get(key, card[key])) != show(card[key]):
             raise SystemExit(
@@ -147,16 +142,6 @@ def check_served_models(served, args, card, texts):
             )
 
 
-def graph_logits(source, keys, texts, batch_size):
-    """{key: float32 [texts, classes]}; every model gets the same tokens."""
-
-    def answer(batch):
-        feeds = source.tokenize(batch)
-        return {key: source.logits(key, feeds) for key in keys}
-
-    return gather(texts, batch_size, "graphs", answer)
-
-
 def collect(args, card, texts, keys):
     """(source of the graphs' answers, {model: float32 [texts, classes]} of torch and of every graph)."""
     if args.url:
@@ -165,8 +150,12 @@ def collect(args, card, texts, keys):
     else:
         source = open_here(args.repository, card, keys)
     reference = torch_logits(args, card, texts)
-    size = min(args.batch_size, source.max_batch_size or args.batch_size)
-    logits = graph_logits(source, keys, texts, size)
+
+    def answer(batch):
+        feeds = source.tokenize(batch)  # every model gets the same tokens
+        return {key: source.logits(key, feeds) for key in keys}
+
+    logits = gather(texts, min(args.batch_size, source.max_batch_size or args.batch_size), "graphs", answer)
     error = float(np.abs(logits[REFERENCE] - reference).max())
     if not error <= SAME_MODEL_ERROR:
         raise SystemExit(

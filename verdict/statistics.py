@@ -8,7 +8,6 @@ import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
-CURVE_POINTS = 101
 
 
 # --- thresholds ----------------------------------------------------------------------
@@ -31,20 +30,6 @@ def at_or_above(scores, positive, thresholds):
     return len(scores) - first, right
 
 
-def precision_recall(scores, positive, thresholds):
-    """(precision, recall) at each threshold; a text is taken where its score reaches it."""
-    taken, right = at_or_above(scores, positive, thresholds)
-    return right / np.maximum(taken, 1), right / max(int(positive.sum()), 1)
-
-
-def curve(scores, positive):
-    """{"recall", "precision"}: at most CURVE_POINTS points of the curve, evenly spread over the thresholds."""
-    thresholds = cut_points(scores)
-    at = np.unique(np.linspace(0, len(thresholds) - 1, CURVE_POINTS).round().astype(int))
-    precision, recall = precision_recall(scores, positive, thresholds[at])
-    return {"recall": recall.tolist(), "precision": precision.tolist()}
-
-
 def choose_threshold(scores, positive, wanted):
     """Threshold with the best recall among those of at least the wanted precision.
 
@@ -52,7 +37,8 @@ def choose_threshold(scores, positive, wanted):
     Raises ValueError with the best precision there is, where none reaches it.
     """
     thresholds = cut_points(scores)
-    precision, recall = precision_recall(scores, positive, thresholds)
+    taken, right = at_or_above(scores, positive, thresholds)
+    precision, recall = right / np.maximum(taken, 1), right / max(int(positive.sum()), 1)
     good = np.flatnonzero(precision >= wanted)
     if not len(good):
         best = int(np.argmax(precision))
@@ -95,9 +81,7 @@ def restored(scores, verdicts, near):
 def resample(count, resamples, seed):
     """How often each text is drawn in each bootstrap resample: float32 [resamples, count]."""
     generator = np.random.default_rng(seed)
-    return np.stack(
-        [np.bincount(generator.integers(0, count, count), minlength=count) for _ in range(resamples)]
-    ).astype(np.float32)
+    return generator.multinomial(count, np.full(count, 1 / count), size=resamples).astype(np.float32)
 
 
 def ratio_interval(pairs, weights):
@@ -153,9 +137,7 @@ def quality(verdicts, classes, over, weights):
 
 def confusion(reference, verdicts, classes):
     """Counts [reference verdict][verdict]."""
-    counts = np.zeros((classes, classes), dtype=int)
-    np.add.at(counts, (reference, verdicts), 1)
-    return counts.tolist()
+    return np.bincount(reference * classes + verdicts, minlength=classes**2).reshape(classes, classes).tolist()
 
 
 def deviation(reference, logits):
@@ -165,6 +147,5 @@ def deviation(reference, logits):
         "mean": float(difference.mean()),
         "min": float(difference.min()),
         "max": float(difference.max()),
-        "mean_abs": float(np.abs(difference).mean()),
         "max_abs": float(np.abs(difference).max()),
     }

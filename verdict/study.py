@@ -81,8 +81,6 @@ def compare(name, logits, reference, classes, positive, threshold, weights):
     agree = verdicts == expected
     over = [1] if positive is not None else range(count)
     row = {"quality": statistics.quality(verdicts, classes, over, weights), "flips": int((~agree).sum())}
-    if positive is not None:
-        row["curve"] = statistics.curve(logits[:, positive], classes == 1)
     if name == "torch":
         return row
     scores, original = (v if positive is None else v[:, positive] for v in (logits, reference))
