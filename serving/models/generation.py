@@ -51,7 +51,7 @@ class TritonPythonModel:
     def generate(self, places):
         """Run the loop; places: (call, its row) of each row of the batch."""
         prompts, wishes = [c.prompts[row] for c, row in places], [c.wish for c, _ in places]
-        gone = lambda row: places[row][0].is_gone()  # noqa: E731
+        gone = lambda row: places[row][0].is_gone(places[row][1])  # noqa: E731
         loop = self.generation.generate(self.run, self.settings, prompts, wishes, take_rows, gone) if places else ()
         for row, token, reason in loop:
             call, own_row = places[row]
@@ -119,9 +119,10 @@ class Call:
         tensors = [pb_utils.Tensor(name, values) for name, values in columns.items() if name in self.outputs]
         self.sender.send(pb_utils.InferenceResponse(tensors), flags=FINAL if self.ended else 0)
 
-    def is_gone(self):
+    def is_gone(self, row):
         """Whether the client has left; the request ends then, without an answer."""
-        if not self.ended and self.sender.is_cancelled():
+        # Triton is asked once a step, for the first row that goes on: the question goes to another process
+        if not self.ended and row == self.reasons.index(None) and self.sender.is_cancelled():
             self.ended = True
             self.sender.send(flags=FINAL)
         return self.ended
