@@ -24,7 +24,7 @@ from pathlib import Path
 import onnx
 
 from core.arguments import make_parser
-from core.files import REPOSITORY, RESULTS, replace_when_done, sha256, write_json
+from core.files import REPOSITORY, RESULTS, TEXTS, read_texts, replace_when_done, sha256, write_json
 from core.record import environment_record, results_folder
 from core.repository import graph_path, graph_tensors, is_own, read_card, read_graph, tokenizer_path, weight_matmuls
 from core.tables import REFERENCE, SERVED, model_key
@@ -36,7 +36,7 @@ from precision.int8_recipes import candidate_matmuls, find_recipes, naive_recipe
 from precision.int8_search import SEARCHED, missed_target, search_int8
 from precision.makers import Learnt, make_graph
 from serving.repository import write_repository
-from tasks.table import TASKS
+from tasks.table import GENERATION, TASKS
 
 QUICK_TEXTS = 8
 
@@ -184,9 +184,24 @@ def parse_args():
     return args
 
 
+def print_fp16(args, card):
+    """FP16 of a service that generates: it has no other typed graphs."""
+    from precision.generation import write_fp16  # here: only such a repository needs it
+
+    if "FP16" not in args.only:
+        raise SystemExit(f"--only: expected FP16 for --task {card['task']}, found {' '.join(args.only)}; name FP16")
+    texts = read_texts(args.calibration_texts or TEXTS, "--calibration-texts")
+    for path in write_fp16(args.repository, card, texts):
+        print(f"FP16 {path.stat().st_size / 1e6:7.1f} MB, {path}")
+    write_repository(args.repository)
+
+
 def main():
     args = parse_args()
     card = read_card(args.repository)
+    if card["task"] in GENERATION:
+        print_fp16(args, card)
+        return
     reference_path = graph_path(args.repository, REFERENCE)
     reference = read_graph(reference_path)
     tokenizer = load_tokenizer(tokenizer_path(args.repository))

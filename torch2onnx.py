@@ -9,7 +9,7 @@ Run:    ./torch2onnx.py --model distilbert/distilbert-base-uncased
 Prints: "ONNX Runtime agrees with torch: max abs error …", then the path of the graph.
 
 The task's own export is an encoder with a linear layer on every token. Any other --task exports a checkpoint with the
-head of that task, into a repository that holds all that its server needs: build/<name>, or --repository.
+head of that task, also one that generates text, into a repository that holds all that its server needs: build/<name>, or --repository.
 Only safetensors are read and no code of a checkpoint is executed.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from core.arguments import add_model_arguments, make_parser
 from core.files import ASSETS, REPOSITORY, RESULTS, ROOT, TEXTS
 from core.tables import EMBEDDERS, MAX_BATCH_SIZE, PACKED_FILE, REFERENCE
-from tasks.table import ALIASES, OWN, TASKS
+from tasks.table import ALIASES, GENERATION, OWN, TASKS
 
 
 def check_place(args, repository):
@@ -144,10 +144,43 @@ def export(args):
     print(path if own else repository)
 
 
+def export_generation(args):
+    """Checkpoint -> a repository that generates: graphs, their configs, and the service that runs them."""
+    # torch and transformers take seconds: -h answers first
+    from core.export import OPSET
+    from core.files import read_texts, sha256, slug, write_json
+    from core.record import environment_record
+    from core.repository import RECORD, check_name, own_record
+    from core.tokens import saved_tokenizer
+    from serving.generation import graph_paths, write_repository
+    from tasks.generation import load
+    from tasks.generation_check import save_graphs
+
+    model, tokenizer, card = load(args)
+    served = saved_tokenizer(tokenizer)
+    served.no_padding()
+    served.no_truncation()  # what is too long is refused
+    card |= {"task": args.task, "slug": slug(card["name"]), "opset": OPSET}
+    card["parameters"] = sum(p.numel() for p in model.parameters())
+    repository = args.repository or ROOT / "build" / (args.name or card["slug"])
+    check_place(args, repository)
+    name = check_name(args.name or repository.resolve().name, "--name")
+    print(f"{card['name']} ({card['source']}), {card['parameters']:,} parameters")
+    paths = graph_paths(repository, card)
+    card["max_error_to_torch"] = save_graphs(args, model, tokenizer, card, read_texts(args.texts), paths)
+    card |= {"reference_sha256": sha256(*paths.values()), "environment": environment_record()}
+    for path in graph_paths(repository, card, "FP16").values():  # of an older export
+        shutil.rmtree(path.parents[1], ignore_errors=True)
+    card["service"] = {"name": own_record(repository).get("service", {}).get("name", name)}
+    write_json(repository / RECORD, card)
+    write_repository(repository, served, name=name, precision=REFERENCE, max_batch_size=args.max_batch_size)
+    print(repository)
+
+
 def parse_args():
     parser = make_parser(__doc__)
     add_model_arguments(parser)
-    tasks = (*TASKS, *ALIASES)
+    tasks = (*TASKS, *GENERATION, *ALIASES)
     parser.add_argument(
         "--task", choices=tasks, default=OWN, metavar="TASK", help=f"{', '.join(tasks)} (default: {OWN})"
     )
@@ -165,15 +198,21 @@ def parse_args():
     parser.add_argument(
         "--labels", type=Path, help='of a classifier: JSON, {"0": "negative", …} or inverted (default: id2label)'
     )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=128,
+        help="most that a request may ask a generating service for (default: %(default)s)",
+    )
     parser.add_argument("--no-packed", action="store_true", help="leave out the graph without padding, for CPUs")
     parser.add_argument("--hidden-state", action="store_true", help="of a sentence embedding: return the tokens' too")
     args = parser.parse_args()
     args.task = ALIASES.get(args.task, args.task)
-    if args.num_outputs < 1 or args.max_batch_size < 1:
-        parser.error("--num-outputs, --max-batch-size: expected at least 1")
+    if args.num_outputs < 1 or args.max_batch_size < 1 or args.max_new_tokens < 1:
+        parser.error("--num-outputs, --max-batch-size, --max-new-tokens: expected at least 1")
     if args.max_length is not None and args.max_length < 3:
         parser.error("--max-length: expected at least 3, two special tokens and one of text")
-    if args.labels and not TASKS[args.task].labelled:
+    if args.labels and not getattr(TASKS.get(args.task), "labelled", False):
         parser.error(f"--labels: expected a task with classes with it, found --task {args.task}")
     if args.hidden_state and args.task != "sentence-embedding":
         parser.error(f"--hidden-state: expected --task sentence-embedding with it, found {args.task}")
@@ -187,7 +226,8 @@ def parse_args():
 
 
 def main():
-    export(parse_args())
+    args = parse_args()
+    (export_generation if args.task in GENERATION else export)(args)
 
 
 if __name__ == "__main__":

@@ -142,13 +142,13 @@ def load_pretrained(auto_model, folder, config, unused=()):
     return model.eval()
 
 
-def load_tokenizer(folder, max_length):
-    """The fast tokenizer; exits if there is none or the length is beyond its limit."""
+def load_tokenizer(folder, max_length, pads=True):
+    """The fast tokenizer; exits if there is none, none that pads, or the length is beyond its limit."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # each tokenizer class fails in its own way
         raise SystemExit(f"{folder}: expected a tokenizer, found: {str(error).splitlines()[0]}") from None
-    if not tokenizer.is_fast or tokenizer.pad_token is None:
+    if not tokenizer.is_fast or (pads and tokenizer.pad_token is None):
         raise SystemExit(
             f"{folder}: expected a fast tokenizer with a padding token, found {type(tokenizer).__name__}; name another checkpoint"
         )

@@ -24,19 +24,19 @@ def export_onnx(module, card, path):
     """Module -> ONNX; batch dynamic, length fixed or dynamic. The file's content depends on the input alone."""
     length = card["max_length"] if card["fixed_length"] else min(TRACED_LENGTH, card["max_length"])
     axes = {0: "batch"} | ({} if card["fixed_length"] else {1: "length"})
-    inputs = dict(zip(card["inputs"], sample_input(card["inputs"], 2, length), strict=True))
-    write_graph(module, inputs, dict.fromkeys(inputs, axes), card["outputs"], path)
+    axes = {"tensors": tuple(axes for _ in card["inputs"])}
+    trace_onnx(module, sample_input(card["inputs"], 2, length), axes, card["inputs"], list(card["outputs"]), path)
 
 
 def export_packed(module, feeds, card, path):
-    """PackedGraph -> ONNX; feeds: int64 arrays of a few packed texts, as core.tokens.pack makes them."""
-    inputs = {name: torch.from_numpy(values) for name, values in feeds.items()}
-    axes = {name: {0: "texts" if name == STARTS else "tokens"} for name in inputs}
-    write_graph(module, inputs, axes, card["outputs"], path)
+    """PackedGraph -> ONNX; feeds: int64 arrays of a few packed texts, as core.runner.pack makes them."""
+    axes = {"tensors": tuple({0: "texts" if name == STARTS else "tokens"} for name in feeds)}
+    sample = tuple(map(torch.from_numpy, feeds.values()))
+    trace_onnx(module, sample, axes, list(feeds), list(card["outputs"]), path)
 
 
-def write_graph(module, inputs, axes, outputs, path):
-    """Module -> ONNX file with named inputs and outputs, checked. axes: {input: {dimension: name}} of the dynamic ones."""
+def trace_onnx(module, sample, axes, inputs, outputs, path):
+    """Module -> ONNX, traced on the tensors of `sample`; axes: those that are dynamic, as torch.export takes them."""
     # the exporter warns about its own use of torch; its optimizer logs a reshape that it gives up to fold
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     for logger in loggers:
@@ -45,13 +45,13 @@ def write_graph(module, inputs, axes, outputs, path):
         warnings.simplefilter("ignore")
         torch.onnx.export(
             module,
-            tuple(inputs.values()),
+            sample,
             str(path),
             dynamo=True,
             opset_version=OPSET,
-            input_names=list(inputs),
-            output_names=list(outputs),
-            dynamic_shapes={"tensors": tuple(axes.values())},
+            input_names=inputs,
+            output_names=outputs,
+            dynamic_shapes=axes,
             external_data=False,
             verbose=False,
         )

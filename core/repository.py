@@ -14,7 +14,8 @@ from core.tables import EMBEDDERS, ENGINES, MODELS, REFERENCE
 
 RECORD = "model.json"
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"  # of a service: it is a folder's name too
-PARTS = ("tokenizer", "postprocess", *EMBEDDERS.values())  # names that no service may have
+GENERATING = ("encoder", "decoder", "encoder_FP16", "decoder_FP16")  # graphs of a service that generates
+PARTS = ("tokenizer", "postprocess", *EMBEDDERS.values(), *GENERATING)  # names that no service may have
 EXPORT = "run torch2onnx.py"
 
 

@@ -98,6 +98,7 @@ SPANS, WORDS = "SPANS", "WORDS"  # of each token: its first character and the on
 EMBEDDING, HIDDEN_STATE, LOGITS = "EMBEDDING", "HIDDEN_STATE", "LOGITS"
 LABEL, SCORE, ENTITIES, TOKEN = "LABEL", "SCORE", "ENTITIES", "TOKEN"
 QUESTION, CONTEXT, ANSWER, START, END = "QUESTION", "CONTEXT", "ANSWER", "START", "END"
+PAST, PRESENT, CROSS = "PAST", "PRESENT", "CROSS"  # caches of a generating model
 
 PACKED_FILE = "packed.onnx"  # beside model.onnx of the reference: the same on texts one behind the other
 GRAPH = "_graph"  # behind a service's name: the model by which it calls its graph

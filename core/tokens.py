@@ -44,8 +44,8 @@ def column(encoding, name):
     return [-1 if word is None or special else word for word, special in own]
 
 
-def served_tokenizer(tokenizer, card):
-    """A checkpoint's tokenizer as the server runs it: lengths and padding are written into it."""
+def saved_tokenizer(tokenizer):
+    """A checkpoint's tokenizer as the tokenizers library has it, without transformers; exits if it saves none."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         path = Path(folder) / "tokenizer.json"
@@ -54,7 +54,12 @@ def served_tokenizer(tokenizer, card):
                 f"{tokenizer.name_or_path}: expected a tokenizer that saves tokenizer.json, found {os.listdir(folder)}; "
                 "name a fast tokenizer with --tokenizer"
             )
-        served = load_tokenizer(path)
+        return load_tokenizer(path)
+
+
+def served_tokenizer(tokenizer, card):
+    """A checkpoint's tokenizer as the server runs it: lengths and padding are written into it."""
+    served = saved_tokenizer(tokenizer)
     limit = card["max_length"]
     served.enable_truncation(limit, direction=tokenizer.truncation_side)
     padding = {

@@ -56,10 +56,17 @@ def quiet_modelopt():
 
 def convert_fp16(reference, learnt):
     """FP16, but for what leaves its range on real texts."""
+    return lower_to_fp16(reference, [{name: values[:RANGE_TEXTS] for name, values in learnt.calibration.items()}])
+
+
+def lower_to_fp16(reference, samples):
+    """FP16, but for what leaves its range on the samples, each a dict of the graph's inputs."""
     with tempfile.TemporaryDirectory() as folder, quiet_modelopt() as autocast:
-        source, texts = Path(folder) / "model.onnx", Path(folder) / "calibration.npz"  # ModelOpt reads files
+        source, texts = Path(folder) / "model.onnx", Path(folder) / "calibration"  # ModelOpt reads files
         onnx.save(reference, source)
-        np.savez(texts, **{name: values[:RANGE_TEXTS] for name, values in learnt.calibration.items()})
+        texts.mkdir()
+        for number, sample in enumerate(samples):
+            np.savez(texts / f"{number}.npz", **sample)
         return autocast.convert_to_mixed_precision(
             str(source),
             low_precision_type="fp16",

@@ -34,7 +34,7 @@ from core.repository import (
 )
 from core.tables import ATTENTION_MASK, EMBEDDERS, GRAPH, MAX_BATCH_SIZE, MODELS, PINNED_TENSORRT, REFERENCE, model_key
 from core.tokens import encode, load_tokenizer
-from serving import configs
+from serving import configs, generation
 from serving.plans import check_plan, check_served_plans
 from serving.server import SERVER_ERRORS, infer, one_pass, text_tensor
 from tasks.examples import examples
@@ -143,6 +143,8 @@ def check_repository(repository, plans=False):
             f"{repository}: expected a record that says what is served, found none; "
             f"run python -m serving.repository --repository {repository}"
         )
+    if generation.is_generation(card):
+        return generation.check_repository(repository)
     keys = served_keys(repository)
     if REFERENCE in keys:
         read_graph(graph_path(repository, REFERENCE))

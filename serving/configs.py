@@ -14,6 +14,7 @@ FIELD_ORDER = (
     "max_batch_size",
     "input",
     "output",
+    "model_transaction_policy",
     "dynamic_batching",
     "instance_group",
     "optimization",
@@ -24,6 +25,7 @@ FIELD_ORDER = (
 COMMENTS = {
     "max_batch_size": "texts in one request; the largest batch of the plans: --maxShapes of build_trt.sh",
     "input": "the dims below are those of the export; -1: as long as the longest text of a batch",
+    "model_transaction_policy": "one request, many responses: a text in pieces; /infer is for other models, ask /generate",
     "dynamic_batching": "defaults, as Triton's user guide (Batchers) advises for one optimization profile: no preferred\n"
     "# size; no delay, which costs a lone request more than it brings under load",
     "instance_group": "one per device: a second one halves a lone request's cores or doubles GPU memory; pinned memory\n"
@@ -79,8 +81,7 @@ def model_config(key, card, max_batch_size, engine, warmup_length):
     config.dynamic_batching.SetInParent()
     config.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_AUTO)
     if engine == "onnxruntime" and MODELS[key].precision == "FP32":
-        cuda = config.optimization.execution_accelerators.gpu_execution_accelerator.add(name="cuda")
-        cuda.parameters["use_tf32"] = "0"
+        compute_in_fp32(config)
     for batch in sorted({1, max_batch_size}):
         warmup = config.model_warmup.add(name=f"batch {batch}", batch_size=batch)
         for name in card["inputs"]:
@@ -88,6 +89,12 @@ def model_config(key, card, max_batch_size, engine, warmup_length):
             tensor.data_type, tensor.input_data_file = pb.TYPE_INT64, name
             tensor.dims.append(warmup_length)
     return config
+
+
+def compute_in_fp32(config):
+    """Forbid TF32, which the CUDA provider takes by default."""
+    cuda = config.optimization.execution_accelerators.gpu_execution_accelerator.add(name="cuda")
+    cuda.parameters["use_tf32"] = "0"
 
 
 def postprocess_config(card, max_batch_size):

@@ -23,7 +23,7 @@ from core.tables import HIDDEN_STATE, MODELS, PACKED_FILE, REFERENCE, model_key
 from core.tokens import load_tokenizer
 from serving.configs import config_text, service_config
 from serving.repository import choose, write_file, write_service
-from tasks.table import OWN
+from tasks.table import OWN, TASKS
 
 TITLES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 
@@ -49,7 +49,7 @@ def graph_settings(repository, card, precision, engine):
 def write_one_pass(repository, output, precision, engine):
     """Write the folder; returns a line of what it is, or None where only the ensemble serves."""
     card = read_card(repository)
-    if card["task"] == OWN or HIDDEN_STATE in card["outputs"]:
+    if card["task"] == OWN or card["task"] not in TASKS or HIDDEN_STATE in card["outputs"]:
         return None
     service = card["service"]
     settings = graph_settings(repository, card, precision or service["precision"], engine)

@@ -35,6 +35,7 @@ from core.repository import (
 )
 from core.tables import EMBEDDERS, ENGINES, GRAPH, INPUT_IDS, MAX_BATCH_SIZE, MODELS, REFERENCE, SERVED, model_key
 from core.tokens import encode, load_tokenizer
+from serving import generation
 from serving.check import check_repository, expected_configs
 from serving.configs import config_text
 from serving.plans import check_plan
@@ -91,6 +92,8 @@ def write_repository(repository, **service):
     one out of it.
     """
     card = read_card(repository)
+    if generation.is_generation(card):
+        return generation.write_repository(repository, **service)
     task, before = TASKS[card["task"]], card.get("service") or {}
     service = {"precision": REFERENCE, "max_batch_size": MAX_BATCH_SIZE} | before | service
     card["service"] = {key: value for key, value in service.items() if value is not None}
@@ -158,8 +161,11 @@ def extract(source, target, precision, engine="onnxruntime", **service):
     engine: onnxruntime, what any machine can serve, or tensorrt, for the GPU that the plan was built on.
     service: as write_repository takes it.
     """
-    key, card = choose(source, precision), read_card(source)
     check_target(source, target)
+    card = read_card(source)
+    if generation.is_generation(card):
+        return generation.extract(source, target, precision, **service)
+    key = choose(source, precision)
     with replace_folder_when_done(target) as temporary:
         version = graph_path(temporary, key).parent
         version.mkdir(parents=True)

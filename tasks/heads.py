@@ -11,7 +11,7 @@ from core.tokens import encode, served_tokenizer
 from tasks.embedding import load_encoder
 from tasks.graphs import Graph
 from tasks.labels import read_labels, warn_of_labels
-from tasks.table import TASKS
+from tasks.table import TASKS, fitting_task
 
 SHORTEST = 3  # tokens: two special ones and one of text
 
@@ -63,8 +63,8 @@ def load_model(name, folder):
     task, config = TASKS[name], load_config(folder)
     architectures = config.architectures or []
     if not any(architecture.endswith(task.suffix) for architecture in architectures):
-        fits = [n for n, t in TASKS.items() if t.suffix and any(a.endswith(t.suffix) for a in architectures)]
-        remedy = f"take --task {fits[0]}" if fits else "name a fine-tuned checkpoint"
+        fits = fitting_task(architectures)
+        remedy = f"take --task {fits}" if fits else "name a fine-tuned checkpoint"
         trained = ", or make one with train_classifier.py" if name == "classification" else ""
         raise SystemExit(
             f"{folder}/config.json: expected the head of --task {name} (…{task.suffix}), found "

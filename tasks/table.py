@@ -89,3 +89,40 @@ TASKS = {
 }  # fmt: skip
 ALIASES = {"text-classification": "classification", "ner": "token-classification"}  # transformers' other names
 OWN = "embedding"  # the task of model_repository/: a request gets the answers of all its models
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A task that answers token by token, through a service that runs its graphs in a loop; FP32 and FP16 only."""
+
+    auto_model: str  # class of transformers that loads the checkpoint
+    mapping: str  # of transformers, from model types to the classes that have the head
+    inputs: tuple  # of the service; where there are several, a request has one of them
+    graphs: tuple  # folders of a repository
+
+
+GENERATION = {
+    "text2text-generation": Generation(
+        "AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", ("TEXT",), ("encoder", "decoder")
+    ),
+    "text-generation": Generation(
+        "AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", ("TEXT", "MESSAGES"), ("decoder",)
+    ),
+}
+
+
+FITTING_TASKS = {  # end of an architecture's name -> the task that its head fits
+    "ForSequenceClassification": "classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForMaskedLM": "fill-mask",
+    "ForConditionalGeneration": "text2text-generation",
+    "MTModel": "text2text-generation",
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+}
+
+
+def fitting_task(architectures):
+    """The task that a checkpoint's head is for, or None."""
+    return next((task for name in architectures for end, task in FITTING_TASKS.items() if name.endswith(end)), None)

@@ -1,0 +1,298 @@
+"""Generated text, from a tiny checkpoint to the answers of the real server, against transformers' generate()."""
+
+import json
+import socket
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tritonclient.grpc
+from conftest import run, start_server, succeed
+from tiny_generators import TEMPLATE, TEXTS, make_model, make_tokenizer, save_generator
+
+from core import generation
+from core.onnx_runtime import open_session
+from core.repository import read_card
+from serving.generation_speed import ask_stream
+from tasks import generation_check, generation_graphs
+
+TASKS = {"llama": "text-generation", "t5": "text2text-generation"}
+
+
+def export(folder, kind, *options):
+    """A tiny checkpoint exported by the script, with FP16 beside FP32."""
+    checkpoint = save_generator(folder / f"{kind}-checkpoint", kind, TEMPLATE if kind == "llama" else None)
+    texts = folder / "texts.txt"
+    texts.write_text("\n".join(TEXTS))
+    repository = folder / kind
+    options += ("--repository", repository, "--texts", texts, "--max-length", 40, "--max-new-tokens", 100)
+    done = succeed("torch2onnx.py", "--task", TASKS[kind], "--model", checkpoint, *options)
+    return SimpleNamespace(kind=kind, checkpoint=checkpoint, repository=repository, texts=texts, stdout=done.stdout)
+
+
+@pytest.fixture(scope="module", params=["llama", "t5"])
+def served(request, tmp_path_factory):
+    """Each of the two tasks, exported and served."""
+    found = export(tmp_path_factory.mktemp("generation"), request.param)
+    done, (http, grpc) = start_server(found.repository)
+    assert done.returncode == 0, done.stderr
+    found.http, found.card = f"127.0.0.1:{http}", read_card(found.repository)
+    found.client = tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{grpc}")
+    yield found
+    succeed("serve.sh", "stop", "--http-port", http)
+
+
+def post(served, body, path="generate"):
+    """POST as curl would; returns (status, answer as text)."""
+    url = f"http://{served.http}/v2/models/{served.kind}/{path}"
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode()), timeout=60) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def ask(served, text, **parameters):
+    """The whole answer to one text."""
+    status, answer = post(served, {"TEXT": text, "parameters": parameters})
+    assert status == 200, answer
+    return json.loads(answer)
+
+
+def ask_pieces(served, text, **parameters):
+    """The answers of a stream."""
+    status, answer = post(served, {"TEXT": text, "parameters": parameters | {"stream": True}}, "generate_stream")
+    assert status == 200, answer
+    return [json.loads(line.removeprefix("data: ")) for line in answer.splitlines() if line.startswith("data: ")]
+
+
+def expected_texts(served, texts, count):
+    """(text, tokens) of generate() for each text, all in one batch."""
+    prompts = [make_tokenizer().encode(text) for text in texts]
+    tokens = generation_check.greedy_tokens(make_model(served.kind), served.card, prompts, count)
+    return [(make_tokenizer().decode(row, skip_special_tokens=True), len(row)) for row in tokens]
+
+
+def executions(served, model="decoder"):
+    """How often the server has run a model."""
+    with urllib.request.urlopen(f"http://{served.http}/v2/models/{model}/stats", timeout=60) as response:
+        return json.loads(response.read())["model_stats"][0]["execution_count"]
+
+
+# --- the graphs, in process ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "bart", "marian"])
+def test_graphs_are_exact_and_their_tokens_are_those_of_generate(kind, tmp_path):
+    model = make_model(kind)
+    settings = {"cache": generation_graphs.cache_dims(model), "pad": 0, "ends": [2], "suppressed": [], "first": None}
+    settings["start"] = 2 if model.config.is_encoder_decoder else None
+    card = {"name": kind, "architecture": kind, "outputs": {"LOGITS": [model.config.vocab_size]}}
+    card |= {"generation": settings, "max_length": 40, "max_new_tokens": 100}
+    graphs, sessions = generation_graphs.graphs_of(model), {}
+    for name, module in graphs.items():
+        generation_check.trace_graph(module, card, tmp_path / f"{name}.onnx")
+        sessions[name] = open_session(tmp_path / f"{name}.onnx")
+    assert generation_check.check_graphs(graphs, sessions, card, max_error=1e-4) < 1e-4
+    assert generation_check.check_tokens(model, make_tokenizer(), card, sessions, TEXTS) >= 40
+
+
+def test_the_check_finds_wrong_graphs(served):
+    other = make_model(served.kind, seed=1)
+    graphs = generation_graphs.graphs_of(other)
+    paths = {graph: served.repository / graph / "1/model.onnx" for graph in graphs}
+    sessions = {graph: open_session(path) for graph, path in paths.items()}
+    with pytest.raises(SystemExit, match="error to torch"):
+        generation_check.check_graphs(graphs, sessions, served.card, max_error=1e-4)
+    with pytest.raises(SystemExit, match="expected the tokens of generate"):
+        generation_check.check_tokens(other, make_tokenizer(), served.card, sessions, TEXTS)
+
+
+def test_tied_embeddings_are_stored_once(served):
+    model = make_model(served.kind)
+    for graph, module in generation_graphs.graphs_of(model).items():
+        weights = 4 * sum(p.numel() for p in module.parameters())
+        assert (served.repository / graph / "1/model.onnx").stat().st_size < weights + 100_000
+
+
+# --- the service ---------------------------------------------------------------------
+
+
+def test_greedy_answers_are_those_of_generate(served):
+    total = 0
+    for texts, count in ((TEXTS, 40), (TEXTS[:1], 100), (TEXTS[1:3], 30)):
+        (answer,) = ask_stream(served.client, served.kind, texts, {"max_new_tokens": count})
+        expected = expected_texts(served, texts, count)
+        found = zip(answer["GENERATED"][:, 0], answer["TOKENS"][:, 0], strict=True)
+        assert [(text.decode(), tokens) for text, tokens in found] == expected
+        total += int(answer["TOKENS"].sum())
+    assert total >= 160  # 300 and more with both models
+
+
+def test_curl_gets_the_whole_answer_and_why_it_ended(served):
+    answer = ask(served, TEXTS[1], max_new_tokens=7)
+    assert (answer["GENERATED"], answer["TOKENS"]) == expected_texts(served, TEXTS[1:2], 7)[0]
+    assert answer["FINISH_REASON"] == ("length" if answer["TOKENS"] == 7 else "stop")
+
+
+def test_pieces_make_up_the_whole_text(served):
+    whole, pieces = ask(served, TEXTS[1], max_new_tokens=30), ask_pieces(served, TEXTS[1], max_new_tokens=30)
+    assert len(pieces) > 3
+    assert "".join(piece["GENERATED"] for piece in pieces) == whole["GENERATED"]
+    assert sum(piece["TOKENS"] for piece in pieces) == whole["TOKENS"]
+    assert [piece["FINISH_REASON"] for piece in pieces] == [""] * (len(pieces) - 1) + [whole["FINISH_REASON"]]
+
+
+def test_a_seed_repeats_the_sample(served):
+    drawn = [ask(served, TEXTS[1], max_new_tokens=20, temperature=2.0, top_p=0.95, seed=s) for s in (1, 1, 2, 3)]
+    texts = [answer["GENERATED"] for answer in drawn]
+    assert texts[0] == texts[1] and len(set(texts)) > 1
+    assert ask(served, TEXTS[1], max_new_tokens=20, temperature=0, seed=5) == ask(served, TEXTS[1], max_new_tokens=20)
+
+
+def test_requests_at_once_are_batched_and_all_answered(served):
+    before = executions(served)
+    with ThreadPoolExecutor(32) as pool:
+        found = list(pool.map(lambda i: ask(served, TEXTS[i % 5], max_new_tokens=12), range(32)))
+    expected = expected_texts(served, TEXTS, 12)
+    assert [(answer["GENERATED"], answer["TOKENS"]) for answer in found] == [expected[i % 5] for i in range(32)]
+    assert executions(served) - before < sum(answer["TOKENS"] for answer in found)
+
+
+def test_the_loop_ends_when_the_client_leaves(served):
+    before, body = executions(served), json.dumps({"TEXT": TEXTS[1], "max_new_tokens": 100, "stream": True}).encode()
+    host, port = served.http.split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        head = (
+            f"POST /v2/models/{served.kind}/generate_stream HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        connection.sendall(head.encode() + body)
+        assert connection.recv(100)
+    time.sleep(1)
+    stopped = executions(served)
+    assert stopped - before < min(100, len(ask_pieces(served, TEXTS[1], max_new_tokens=100)))
+
+
+REFUSED = [
+    ({"max_new_tokens": 0}, "max_new_tokens: expected a whole number from 1 to 100, found 0"),
+    ({"max_new_tokens": -3}, "from 1 to 100, found -3"),
+    ({"max_new_tokens": 101}, "from 1 to 100, found 101"),
+    ({"max_new_tokens": 2.5}, "found 2.5"),
+    ({"max_new_tokens": "many"}, "found 'many'"),
+    ({"temperature": -1}, "temperature: expected a number from 0, found -1"),
+    ({"temperature": 1, "top_p": 0}, "top_p: expected above 0"),
+    ({"temperature": 1, "top_p": 1.5}, "top_p: expected a number from 0 to 1"),
+    ({"top_p": 0.5}, "top_p: expected a temperature above 0"),
+    ({"seed": -1}, "seed: expected"),
+    ({"stream": "perhaps"}, "stream: expected true or false"),
+    ({"top_k": 5}, "top_k: expected one of the parameters max_new_tokens"),
+]
+
+
+@pytest.mark.parametrize(("parameters", "message"), REFUSED)
+def test_a_wrong_parameter_is_refused(served, parameters, message):
+    status, answer = post(served, {"TEXT": "word1", "parameters": parameters})
+    assert status == 400 and message in json.loads(answer)["error"]
+
+
+def test_a_prompt_that_is_too_long_is_refused_with_both_numbers(served):
+    status, answer = post(served, {"TEXT": "word1 " * 60})
+    assert status == 400 and "1 to 40 tokens" in answer and "found 60" in answer
+
+
+CHATS = [
+    ("no json", "MESSAGES: expected JSON"),
+    ("[]", "expected a list with a message"),
+    ('["hello"]', "expected role and content in message 0"),
+    ('[{"role": "robot", "content": "a"}]', "expected a role of system, user, assistant in message 0, found 'robot'"),
+    ('[{"role": "user", "content": 1}]', "expected a text as content"),
+]
+
+
+def test_a_chat_goes_through_the_template(served):
+    chat = [{"role": "user", "content": "word1 word2"}]
+    status, answer = post(served, {"MESSAGES": json.dumps(chat), "parameters": {"max_new_tokens": 9}})
+    if served.kind == "t5":
+        assert status >= 400
+        return
+    ids = make_tokenizer(TEMPLATE).apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    (tokens,) = generation_check.greedy_tokens(make_model("llama"), served.card, [ids], 9)
+    assert json.loads(answer)["GENERATED"] == make_tokenizer().decode(tokens, skip_special_tokens=True)
+    for text, message in CHATS:
+        status, answer = post(served, {"MESSAGES": text})
+        assert status == 400 and message in json.loads(answer)["error"]
+    status, answer = post(served, {"MESSAGES": json.dumps(chat), "TEXT": "word1"})
+    assert status == 400 and "expected TEXT or MESSAGES" in answer
+
+
+def test_fp16_is_made_and_switched_to(served, tmp_path):
+    succeed("quantize.py", "--repository", served.repository, "--calibration-texts", served.texts)
+    done = succeed("serving.repository", "--repository", served.repository, "--precision", "FP16")
+    assert "decoder_FP16" in done.stdout
+    alone = tmp_path / "alone"
+    succeed("serving.repository", "--repository", served.repository, "--output", alone)
+    assert not (alone / "decoder").exists() and (alone / "decoder_FP16/1/model.onnx").is_file()
+    done, (http, grpc) = start_server(alone)
+    try:
+        client = tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{grpc}")
+        (answer,) = ask_stream(client, served.kind, TEXTS, {"max_new_tokens": 12})
+        expected = [text for text, _ in expected_texts(served, TEXTS, 12)]
+        same = [found.decode() == text for found, text in zip(answer["GENERATED"][:, 0], expected, strict=True)]
+        assert sum(same) >= 3  # a rounded logit may turn a token, and all after it
+    finally:
+        succeed("serve.sh", "stop", "--http-port", http)
+        succeed("serving.repository", "--repository", served.repository, "--precision", "ONNX")
+
+
+# --- the checkpoint and the repository -----------------------------------------------
+
+
+def test_another_head_is_named_with_its_task(served, tmp_path):
+    other = {"llama": "text2text-generation", "t5": "text-generation"}[served.kind]
+    done = run("torch2onnx.py", "--task", other, "--model", served.checkpoint, "--repository", tmp_path / "a")
+    assert done.returncode == 1 and f"use --task {TASKS[served.kind]}" in done.stderr
+
+
+def test_a_graph_of_another_export_is_found(served, tmp_path):
+    path = served.repository / "decoder/1/model.onnx"
+    content = path.read_bytes()
+    assert run("serving.check", "--repository", served.repository).returncode == 0
+    path.write_bytes(content[:-200])
+    try:
+        done = run("serving.check", "--repository", served.repository)
+        assert done.returncode == 1 and "decoder" in done.stderr
+    finally:
+        path.write_bytes(content)
+
+
+# --- the loop ------------------------------------------------------------------------
+
+
+def test_top_p_draws_from_the_fewest_likely_tokens():
+    logits = np.log(np.array([0.05, 0.5, 0.3, 0.15]))
+    wish = generation.Wish(1, temperature=1.0, top_p=0.7)
+    dice = np.random.default_rng(0)
+    drawn = [generation.choose(logits, wish, dice) for _ in range(2000)]
+    assert set(drawn) == {1, 2} and np.mean(np.array(drawn) == 1) == pytest.approx(0.625, abs=0.04)
+    everything = [generation.choose(logits, wish._replace(top_p=1.0), dice) for _ in range(4000)]
+    np.testing.assert_allclose(np.bincount(everything) / 4000, np.exp(logits), atol=0.03)
+
+
+def test_rows_that_ended_are_computed_no_further():
+    settings = {"cache": [2, 1, 4], "pad": 0, "start": None, "ends": [9], "suppressed": [], "first": None}
+    sizes = []
+
+    def step(model, feeds):
+        sizes.append(len(feeds["INPUT_IDS"]))
+        logits = np.zeros((sizes[-1], 10), dtype=np.float32)
+        logits[:, 3] = 1
+        past = feeds["ATTENTION_MASK"].shape[1]
+        return {"LOGITS": logits, "PRESENT": np.zeros((sizes[-1], 2, 1, past, 4), dtype=np.float32)}
+
+    wishes = [generation.Wish(count) for count in (1, 4, 2)]
+    found = list(generation.generate(step, settings, [[5], [5, 6], [7]], wishes, gone=lambda row: row == 1))
+    assert sizes == [3, 1] and [row for row, _, _ in found] == [0, 1, 2, 2]
