@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Lint, then test: against the real server with the packaged MiniLM's real weights.
-# Usage: ./test.sh [pytest options]      those given, in one process; without any, the whole suite in two
+# Usage: ./test.sh [--examples] [pytest options]
+#   options: those tests, in one process; without any, the whole suite in two
+#   --examples: also what installs packages of examples or trains their models for minutes
 # Reads:  the whole project. Writes: .venv/, build/test*/.
 # Prints: ruff's, shellcheck's, hadolint's and pytest's summaries.
 set -euo pipefail
@@ -11,6 +13,10 @@ readonly ROOT BIN=$ROOT/.venv/bin
 main() {
   case "${1:-}" in -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 0 ;; esac
   cd "$ROOT"
+  if [ "${1:-}" = --examples ]; then
+    export EXAMPLES=1 ALL_PAIRS=1
+    shift
+  fi
   ./install.sh
   "$BIN/ruff" check --config .ci/ruff.toml .
   "$BIN/ruff" format --config .ci/ruff.toml --check .

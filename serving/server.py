@@ -115,7 +115,7 @@ def read_server(url, protocol, models):
         for model in models.values():
             if not client.is_model_ready(model):
                 raise SystemExit(
-                    f"{url}: expected model {model} ready, found it is not; serve this repository: ./serve.sh status, then its log"
+                    f"{url}: expected model {model} ready, found it is not; serve this repository, a service with ./serve.sh start --path ensemble"
                 )
         metadata = client.get_server_metadata() if protocol == "http" else client.get_server_metadata(as_json=True)
         configs = {key: read_config(model, url, protocol) for key, model in models.items()}

@@ -106,6 +106,18 @@ def copy_repository(chain, folder):
     return folder / "model_repository"
 
 
+def copy_project(folder):
+    """The project as a clone would have it, with this environment as its .venv."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, listed.splitlines()):
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    (folder / ".venv").symlink_to(ROOT / ".venv")
+    return folder
+
+
 def link_copy(source, target):
     """A service's repository of one's own to break: links to the graphs, copies of the rest."""
     return Path(

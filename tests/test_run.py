@@ -2,29 +2,15 @@
 
 import json
 import os
-import shutil
 import subprocess
 
 import pytest
-from conftest import ROOT, free_ports
+from conftest import copy_project, free_ports
 
 
 @pytest.fixture
 def copy(tmp_path):
-    """The project as a clone would have it, with this environment as its .venv."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    for name in filter(None, listed.splitlines()):
-        if (ROOT / name).exists():
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, tmp_path / name)
-    (tmp_path / ".venv").symlink_to(ROOT / ".venv")
-    return tmp_path
+    return copy_project(tmp_path)
 
 
 def run_sh(copy, *options):
