@@ -17,7 +17,7 @@ from pathlib import Path
 
 from core.files import RESULTS, ROOT, read_json, replace_when_done
 from reporting.findings import KINDS
-from reporting.markdown import DETAILS
+from reporting.markdown import DETAILS, is_encoder
 from reporting.sections import blocks, details
 
 
@@ -54,6 +54,7 @@ def load_results(results):
     slugs = [m["slug"] for m in models]
     for m in models:
         weights = "" if m["card"]["weights"] == "real" else f" ({m['card']['weights'].split(',')[0]} weights)"
+        weights += " at dynamic length" if is_encoder(m) and not m["card"].get("fixed_length", True) else ""
         machine = f" on {m['machine']}" if slugs.count(m["slug"]) > 1 else ""
         m["title"] = f"{m['card']['name']}{weights}{machine}"
         m["training"] = trainings.get(m["card"].get("weights_sha256"))

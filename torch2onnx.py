@@ -116,6 +116,7 @@ def export(args):
     module, tokenizer, card = importlib.import_module(TASKS[args.task].module).load(args)
     # an encoder without a head may be exported for several tasks
     more = "-random" if card["weights"] != "real" else ""
+    more += "-dynamic" if args.task == OWN and not card["fixed_length"] else ""
     more += "" if TASKS[args.task].suffix or args.task == OWN else f"-{args.task}"
     card |= {"task": args.task, "slug": slug(card["name"] + more), "opset": OPSET}
     card["parameters"] = sum(p.numel() for p in module.parameters())
@@ -137,8 +138,8 @@ def export(args):
     if own:
         tokenizer.save_pretrained(args.assets / "tokenizer")  # whole, for transformers; the server reads one file of it
     write_tokenizer(repository, served)
-    service = {"precision": REFERENCE, "max_batch_size": args.max_batch_size, "name": name, "threshold": None}
-    write_repository(repository, **service)
+    service = {"precision": REFERENCE, "max_batch_size": args.max_batch_size, "name": name}
+    write_repository(repository, **service, threshold=None, cpu_engine=None, cpu_precision=None)
     if args.task == OWN:
         count_flops(module, card, args.results)
     print(path if own else repository)
@@ -203,6 +204,11 @@ def parse_args():
         type=int,
         default=128,
         help="most that a request may ask a generating service for (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dynamic-length",
+        action="store_true",
+        help="of the task's own: texts are as long as they are, not --max-length",
     )
     parser.add_argument("--no-packed", action="store_true", help="leave out the graph without padding, for CPUs")
     parser.add_argument("--hidden-state", action="store_true", help="of a sentence embedding: return the tokens' too")

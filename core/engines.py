@@ -1,5 +1,8 @@
 """What executes a graph in a service on a CPU: ONNX Runtime or OpenVINO; a copy lies beside the service's model."""
 
+import importlib.util
+from pathlib import Path
+
 
 def open_onnxruntime(path, output, precision, threads, streams):
     """A function from feeds to one output; several threads may call it at once, each with `threads` cores of its own."""
@@ -40,3 +43,18 @@ def open_openvino(path, output, precision, threads, streams):
 
 
 ENGINES = {"onnxruntime": open_onnxruntime, "openvino": open_openvino}
+
+OPENVINO = "pip install -r serving/requirements-openvino.txt"
+
+
+def why_missing(engine):
+    """Why this machine cannot execute with an engine, in words; "" where it can."""
+    if engine == "openvino" and importlib.util.find_spec("openvino") is None:
+        return f"expected the package openvino, found none; {OPENVINO}"
+    return ""
+
+
+def has_bf16():
+    """Whether this CPU multiplies BF16: elsewhere OpenVINO would compute FP32 under its name."""
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").is_file() else ""
+    return "avx512_bf16" in flags or "amx_bf16" in flags

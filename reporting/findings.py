@@ -18,7 +18,8 @@ def model_of_record(models):
         perf, card = model["perf"], model["card"]
         dates = [model[kind]["environment"]["utc"] for kind in KINDS if model[kind]]
         on_gpu = bool(perf and md.on_gpu(perf))
-        return (card["name"] == md.OF_RECORD, card["weights"] == "real", on_gpu, len(dates), max(dates))
+        fixed = card.get("fixed_length", True)  # the task's own length
+        return (fixed, card["name"] == md.OF_RECORD, card["weights"] == "real", on_gpu, len(dates), max(dates))
 
     return max(filter(md.is_encoder, models), key=rank, default=None)
 

@@ -10,16 +10,17 @@ Names, tensors and errors are those of the ensemble; serve.sh --path ensemble se
 repository always, whose five models answer together, and a service with a second output.
 """
 
+import functools
 import os
 import sys
 from pathlib import Path
 
 from core.arguments import make_parser
-from core.engines import ENGINES
+from core.engines import ENGINES, why_missing
 from core.files import replace_folder_when_done
 from core.repository import graph_path, read_card, tokenizer_path
 from core.runner import packed_inputs
-from core.tables import HIDDEN_STATE, MODELS, PACKED_FILE, REFERENCE, model_key
+from core.tables import HIDDEN_STATE, PACKED_FILE, REFERENCE, SERVED
 from core.tokens import load_tokenizer
 from serving.configs import config_text, service_config
 from serving.repository import choose, write_file, write_service
@@ -29,21 +30,25 @@ TITLES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 
 
 def graph_settings(repository, card, precision, engine):
-    """What opens the graph of a precision: the packed one where there is one."""
-    path = graph_path(repository, choose(repository, precision))
-    arithmetic, packed = MODELS[model_key(precision)].precision, card.get("packed")
-    if arithmetic == "FP32" and packed:
-        path, inputs, offset = path.with_name(PACKED_FILE), packed_inputs(card["inputs"]), packed["position_offset"]
-    else:
-        inputs, offset = card["inputs"], None
+    """What opens the graph of a precision: the packed one where there is one. BF16 is made of FP32's by the engine."""
+    if reason := why_missing(engine):
+        raise SystemExit(f"--engine {engine}: {reason}")
+    packed, path = card.get("packed"), graph_path(repository, REFERENCE).with_name(PACKED_FILE)
+    if not packed or precision not in (REFERENCE, "FP32", "BF16"):
+        packed, path = None, graph_path(repository, choose(repository, REFERENCE if precision == "BF16" else precision))
     return {
         "graph": str(path.resolve()),
-        "inputs": inputs,
-        "position_offset": offset,
+        "inputs": packed_inputs(card["inputs"]) if packed else card["inputs"],
+        "position_offset": packed["position_offset"] if packed else None,
         "engine": engine,
-        "precision": arithmetic,
+        "precision": "FP32" if precision == REFERENCE else precision,
         "cores": len(os.sched_getaffinity(0)),
     }
+
+
+def opener(settings, output):
+    """What Runner opens a graph with."""
+    return functools.partial(ENGINES[settings["engine"]], settings["graph"], output, settings["precision"])
 
 
 def write_one_pass(repository, output, precision, engine):
@@ -52,7 +57,9 @@ def write_one_pass(repository, output, precision, engine):
     if card["task"] == OWN or card["task"] not in TASKS or HIDDEN_STATE in card["outputs"]:
         return None
     service = card["service"]
-    settings = graph_settings(repository, card, precision or service["precision"], engine)
+    precision = precision or service.get("cpu_precision") or service["precision"]
+    engine = engine or service.get("cpu_engine") or "onnxruntime"
+    settings = graph_settings(repository, card, precision, engine)
     settings["tokenizer"] = str(tokenizer_path(repository).parent.resolve())
     form = "padded" if settings["position_offset"] is None else "packed"
     by = f"{TITLES[engine]}, {settings['precision']}, {form}, {settings['cores']} cores"
@@ -68,10 +75,8 @@ def parse_args():
     parser = make_parser(__doc__)
     parser.add_argument("--repository", type=Path, action="append", required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument(
-        "--precision", choices=(REFERENCE, *(m.precision for m in MODELS.values())), help="default: the service's"
-    )
-    parser.add_argument("--engine", choices=tuple(ENGINES), default="onnxruntime")
+    parser.add_argument("--precision", choices=(REFERENCE, *SERVED, "BF16"), help="default: the service's")
+    parser.add_argument("--engine", choices=tuple(ENGINES), help="default: what verdict.choose chose, else onnxruntime")
     return parser.parse_args()
 
 

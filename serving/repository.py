@@ -33,7 +33,18 @@ from core.repository import (
     site_packages,
     tokenizer_path,
 )
-from core.tables import EMBEDDERS, ENGINES, GRAPH, INPUT_IDS, MAX_BATCH_SIZE, MODELS, REFERENCE, SERVED, model_key
+from core.tables import (
+    EMBEDDERS,
+    ENGINES,
+    GRAPH,
+    INPUT_IDS,
+    MAX_BATCH_SIZE,
+    MODELS,
+    PACKED_FILE,
+    REFERENCE,
+    SERVED,
+    model_key,
+)
 from core.tokens import encode, load_tokenizer
 from serving import generation
 from serving.check import check_repository, expected_configs
@@ -173,7 +184,13 @@ def extract(source, target, precision, engine="onnxruntime", **service):
             copy_plan(source, key, version, card)
         else:
             copy_graph(graph_path(source, key), version / "model.onnx")
-        write_json(temporary / RECORD, card | {"service": (card.get("service") or {}) | {"precision": precision}})
+        if card.get("packed") and key == REFERENCE:
+            shutil.copyfile(graph_path(source, key).with_name(PACKED_FILE), version / PACKED_FILE)
+        else:
+            card["packed"] = None
+        # what was chosen for a CPU may be a graph that is left behind
+        own = {"precision": precision, "cpu_engine": None, "cpu_precision": None}
+        write_json(temporary / RECORD, card | {"service": (card.get("service") or {}) | own})
         write_tokenizer(temporary, load_tokenizer(tokenizer_path(source)), site_packages(source) / "tokenizers")
         write_repository(temporary, precision=precision, **service)
     return key

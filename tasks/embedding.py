@@ -59,6 +59,7 @@ def load(args):
     """--model -> (Embedder, tokenizer, what the record says of it)."""
     folder, tokenizer_folder, card = find_folders(args)
     max_length = args.max_length or MAX_LENGTH
+    fixed = not getattr(args, "dynamic_length", False)
     # DistilBERT's architecture without a checkpoint: its vocabulary is MiniLM's
     tokenizer = load_tokenizer(tokenizer_folder or packaged_folder(), max_length)
     encoder = load_encoder(folder, args.random_weights, args.seed)
@@ -69,9 +70,9 @@ def load(args):
         "weights": f"random, seed {args.seed}" if args.random_weights else "real",
         "architecture": type(encoder).__name__,
         "inputs": inputs,
-        "outputs": {EMBEDDING: [max_length, args.num_outputs]},
+        "outputs": {EMBEDDING: [max_length if fixed else -1, args.num_outputs]},
         "max_length": max_length,
-        "fixed_length": True,
+        "fixed_length": fixed,
         "num_outputs": args.num_outputs,
         "seed": args.seed,
     }

@@ -84,7 +84,7 @@ output [
 ]
 """
 # serve.sh without its check, which knows only repositories of the project's own making
-START = 'source "$1"; check() { repository=$(realpath "$repository"); }; shift; main "$@"'
+START = 'source "$1"; check() { repositories[0]=$(realpath "${repositories[0]}"); shared=(); }; shift; main "$@"'
 
 
 def serve_any(repository, folder):
@@ -96,7 +96,7 @@ def serve_any(repository, folder):
         (repository / name / "config.pbtxt").write_text(config)
     http, grpc, metrics = map(str, free_ports(3))
     ports = ("--http-port", http, "--grpc-port", grpc, "--metrics-port", metrics)
-    command = ["bash", "-c", START, "_", ROOT / "serve.sh", "start", "--device", "cpu"]
+    command = ["bash", "-c", START, "_", ROOT / "serve.sh", "start", "--device", "cpu", "--path", "ensemble"]
     command += ["--model-repository", repository, *ports]
     started = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert started.returncode == 0, started.stderr

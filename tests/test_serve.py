@@ -67,7 +67,7 @@ def test_a_model_that_does_not_load_ends_the_server_and_shows_why(tiny, tmp_path
             "def initialize(self, args):", "def initialize(self, args):\n        raise ValueError('planted')"
         )
     )
-    done, (http, _) = start_server(folder)
+    done, (http, _) = start_server(folder, path="ensemble")
     assert done.returncode == 1 and "planted" in done.stderr
     assert run("serve.sh", "status", "--http-port", http).returncode == 1
     assert str(http) not in processes()
