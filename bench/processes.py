@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from core.files import ROOT
 from core.tables import EMBEDDERS
 
 PORTS = ("http", "grpc", "metrics")
+LINE = 300  # characters of a reason
 END_S = 45  # Triton waits for idle connections, and serve.sh for Triton
 
 
@@ -75,9 +77,10 @@ def start(system, facts, folder):
 
 
 def last_line(path):
-    """The last line that says something, of a log."""
-    lines = [line.strip() for line in path.read_text(errors="replace").splitlines()]
-    return next((line for line in reversed(lines) if line), "nothing was said")
+    """What a log says of an end: the last line that names an exception, else the last that is not empty."""
+    lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Fail)\b.*:", line)]
+    return (named or lines or ["nothing was said"])[-1][:LINE]
 
 
 def wait_answer(system, server, service, request, expected, timeout_s):

@@ -97,13 +97,13 @@ SYSTEMS = (
         settings="batch 32, a torch thread per core, neither BetterTransformer nor compile",
     ),
     System(
-        "infinity, ONNX", PUBLISHED, "{python} {servers}/infinity_onnx.py {model} {work}/model " + INFINITY % "{work}/model" + "--engine optimum",
+        "infinity, ONNX", PUBLISHED, "{python} {servers}/infinity_onnx.py {model} {work}/model " + INFINITY % "{work}/model" + "--engine optimum --no-model-warmup",
         "infinity", requirements="infinity", environment=INFINITY_ENV,
-        settings="batch 32, its own fusing optimizer, on the graph that optimum exports; its loader mended",
+        settings="batch 32, its own fusing optimizer, on the graph that optimum exports; its loader mended; no warm-up of its own, whose text is longer than the model",
     ),
     System(
         "LitServe", PUBLISHED, UVICORN % "litserve_api.py", requirements="litserve", environment=TORCH,
-        settings="torch, 1 worker, batch 32, 2 ms",
+        settings="torch, 1 worker, batch 32, 2 ms, fast queue",
     ),
     System(
         "BentoML", PUBLISHED, "{bin}/bentoml serve bentoml_service:Classifier --working-dir {servers} --host 127.0.0.1 --port {http}",

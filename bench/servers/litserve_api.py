@@ -38,7 +38,9 @@ def main():
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
     args, _ = parser.parse_known_args()  # the other servers' options are passed too
-    server = litserve.LitServer(Classifier(args.model, args.threads), accelerator="cpu", workers_per_device=1)
+    server = litserve.LitServer(
+        Classifier(args.model, args.threads), accelerator="cpu", workers_per_device=1, fast_queue=True
+    )
     server.run(host="127.0.0.1", port=args.port, generate_client_file=False, log_level="warning")
 
 
