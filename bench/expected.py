@@ -4,8 +4,8 @@ SCORE_TOLERANCE = 1e-3  # sums in another order differ by a thousandth of that; 
 BATCH = 32
 
 
-def expected_answers(model, texts):
-    """[(label, softmax score)] of a classifier's folder for the texts, from torch in FP32."""
+def expected_answers(model, texts, max_length):
+    """[(label, softmax score)] of a classifier's folder for the texts, cut to `max_length` tokens, from torch in FP32."""
     import torch  # here: it takes seconds to import
     import transformers
 
@@ -18,7 +18,9 @@ def expected_answers(model, texts):
     answers = []
     with torch.inference_mode():
         for i in range(0, len(texts), BATCH):
-            tokens = words(texts[i : i + BATCH], padding=True, truncation=True, return_tensors="pt")
+            tokens = words(
+                texts[i : i + BATCH], padding=True, truncation=True, max_length=max_length, return_tensors="pt"
+            )
             scores, indices = network(**tokens).logits.softmax(dim=1).max(dim=1)
             answers += [(network.config.id2label[int(k)], float(s)) for s, k in zip(scores, indices, strict=True)]
     return answers

@@ -48,7 +48,9 @@ def install(requirements):
 
 
 def versions(requirements):
-    """{package: version} of what matters to a peer's answer, as its interpreter sees it."""
+    """{package: version} of what matters to a peer's answer, as its interpreter sees it; {} without one."""
+    if not python_of(requirements).exists():
+        return {}
     code = f"""
 import importlib.metadata as m
 for name in {packages(requirements)!r}:
@@ -56,7 +58,10 @@ for name in {packages(requirements)!r}:
     except m.PackageNotFoundError: pass
 """
     done = subprocess.run([str(python_of(requirements)), "-c", code], capture_output=True, text=True)
-    return dict(line.split() for line in done.stdout.splitlines())
+    found = dict(line.split() for line in done.stdout.splitlines())
+    if "onnxruntime" in found:  # of both, the peer's own lies before the project's
+        found.pop("onnxruntime-gpu", None)
+    return found
 
 
 COMMON = ("torch", "transformers", "tokenizers", "onnxruntime", "onnxruntime-gpu", "openvino", "numpy")

@@ -14,8 +14,10 @@ from tqdm import tqdm
 from bench import processes
 from bench.arithmetic import spread
 from bench.install import install, is_installed, python_of, versions
-from bench.systems import SERVE, SERVERS, System
+from bench.systems import SERVE, SERVERS, System, hide_paths
+from core.repository import read_card
 from core.tables import EMBEDDING
+from serving.server import SERVER_ERRORS, infer, text_tensor
 
 REQUIREMENTS = "sentence-transformers"
 BACKENDS = {
@@ -69,14 +71,17 @@ def start_encoder(backend, args, folder, stack):
     return encode, np.load(given["--embeddings"])
 
 
+def check_repositories(repositories):
+    """Exit unless all are exports of sentence embeddings."""
+
+    for repository in repositories:
+        if (task := read_card(repository)["task"]) != "sentence-embedding":
+            raise SystemExit(f"{repository}: expected an export of sentence embeddings, found {task}; name another")
+
+
 def start_service(repository, args, folder, texts, stack):
     """The same of a service of the project, over gRPC, in requests of the largest batch."""
-    from core.repository import read_card
-    from serving.server import infer, text_tensor
-
     card = read_card(repository)
-    if card["task"] != "sentence-embedding":
-        raise SystemExit(f"{repository}: expected an export of sentence embeddings, found {card['task']}; name another")
     service, size = card["service"]["name"], card["service"]["max_batch_size"]
     batches = [text_tensor(texts[i : i + size]) for i in range(0, len(texts), size)]
     system = System("", "", SERVE + "{repository}", "triton")
@@ -100,8 +105,6 @@ def start_service(repository, args, folder, texts, stack):
 
 def wait_service(server, ask, timeout_s):
     """Until the service answers; raises NotMeasured."""
-    from serving.server import SERVER_ERRORS
-
     while time.perf_counter() - server.started < timeout_s:
         with contextlib.suppress(*SERVER_ERRORS):
             ask()
@@ -142,15 +145,13 @@ def measure(args, texts):
         errors = {name: reason for name, (needs, _) in table.items() if needs and reason}
     seconds = {name: [] for name in table}
     with contextlib.ExitStack() as stack, tqdm(total=len(table) * (args.rounds + 1), desc="sentences") as progress:
-        for name, (_, start) in table.items():
-            try:
-                if name not in errors:
-                    running[name], arrays[name] = start(stack)
-            except processes.NotMeasured as error:
-                errors[name] = str(error)
+        for name in (n for n in table if n not in errors):
+            with noted(errors, name):
+                running[name], arrays[name] = table[name][1](stack)
         for number in range(args.rounds + 1):  # the first warms up
-            for name, encode in running.items():
-                seconds[name] += [encode()][: bool(number)]
+            for name in (n for n in table if n in running and n not in errors):
+                with noted(errors, name):
+                    seconds[name] += [running[name]()][: bool(number)]
                 progress.update()
     expected = arrays.get(f"sentence-transformers: {BACKENDS['torch']}")
     return [
@@ -158,6 +159,15 @@ def measure(args, texts):
         | ({"least_cosine": least_cosine(arrays[name], expected)} if expected is not None and name in arrays else {})
         for name, (needs, _) in table.items()
     ]
+
+
+@contextlib.contextmanager
+def noted(errors, name):
+    """Note in errors why a row fails, and go on."""
+    try:
+        yield
+    except (processes.NotMeasured, *SERVER_ERRORS) as error:
+        errors[name] = hide_paths(str(error))
 
 
 def entry(name, needs, error, count, seconds, base):

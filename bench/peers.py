@@ -25,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.install import BUILD, install, is_installed, versions
-from bench.systems import SYSTEMS, named_system
+from bench.systems import SYSTEMS, hide_paths, named_system
 from core.arguments import make_parser
 from core.files import RESULTS, ROOT, TEXTS, read_texts, write_json
 from core.record import environment_record, results_folder
@@ -87,7 +87,6 @@ def parse_args(argv=None):
         args.system = [named_system(text) for text in args.system]
     except ValueError as error:
         parser.error(f"--system: expected NAME=REPOSITORY or NAME=COMMAND with {{http}}, found {error}")
-    args.work = BUILD / "work"
     return args
 
 
@@ -142,7 +141,7 @@ def prepare(bench, args):
             reasons[name] = install(name) if args.install else "not installed; --install makes its environment"
     for system in bench.alive():
         if reason := reasons.get(system.requirements):
-            bench.found[system.name]["error"] = reason
+            bench.found[system.name]["error"] = hide_paths(reason)
 
 
 def system_record(bench, system):
@@ -160,7 +159,7 @@ def system_record(bench, system):
     return facts | bench.found[system.name] | {"levels": {str(c): summarise(w) for c, w in levels.items() if w}}
 
 
-def make_record(bench, card, texts, embeddings):
+def make_record(bench, card, texts):
     """peers.json: a summary of every system, and every window without its single latencies."""
     from bench.arithmetic import add_ratios
     from bench.expected import SCORE_TOLERANCE
@@ -173,8 +172,10 @@ def make_record(bench, card, texts, embeddings):
     }  # fmt: skip
     systems = [system_record(bench, system) for system in bench.systems.values()]
     windows = [{key: value for key, value in w.items() if key != "latencies_ms"} for w in bench.windows]
-    facts = {"model": card, "environment": environment_record(), "settings": settings}
-    return facts | {"systems": systems, "windows": windows, "embeddings": embeddings}
+    environment = environment_record()
+    environment["argv"] = list(map(hide_paths, environment["argv"]))
+    facts = {"model": card, "environment": environment, "settings": settings}
+    return facts | {"systems": systems, "windows": windows, "embeddings": []}
 
 
 def describe(record):
@@ -205,20 +206,25 @@ def main():
     from bench.expected import expected_answers
 
     card, facts = read_export(args.repository, args.model)
-    bench = rounds.Bench(args, choose_systems(args), facts, texts, expected_answers(args.model, texts))
+    # infinity's graph stays there, which is of these weights alone
+    args.work = BUILD / "work" / card["weights_sha256"][:12]
+    if args.sentence_model:
+        offline.check_repositories(args.sentence_repository)
+    expected = expected_answers(args.model, texts, card["max_length"])
+    bench = rounds.Bench(args, choose_systems(args), facts, texts, expected)
     prepare(bench, args)
+    path = results_folder(args.results, card) / "peers.json"
     try:
         rounds.measure(bench)
-        embeddings = offline.measure(args, texts) if args.sentence_model else []
+        record = make_record(bench, card, texts)
+        write_json(path, record)
+        if args.sentence_model:
+            record["embeddings"] = offline.measure(args, texts)
+            write_json(path, record)
     except KeyboardInterrupt:
-        raise SystemExit("expected to measure every round, found an interruption; nothing was written") from None
-    if not any(w["system"] == BASE for w in bench.windows):
         raise SystemExit(
-            f"{BASE}: expected the project's own service measured, found: {bench.found[BASE].get('error')}"
-        )
-    path = results_folder(args.results, card) / "peers.json"
-    record = make_record(bench, card, texts, embeddings)
-    write_json(path, record)
+            "expected to measure every round, found an interruption; what was not ended is not written"
+        ) from None
     print(*describe(record), path.relative_to(ROOT) if path.is_relative_to(ROOT) else path, sep="\n")
 
 

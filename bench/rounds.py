@@ -7,6 +7,7 @@ from tqdm import tqdm
 
 from bench import client, processes
 from bench.arithmetic import describe_window
+from bench.systems import PROJECT, hide_paths
 
 IDLE_S = 3  # all servers up and none asked: what they use then disturbs the one that is
 
@@ -28,11 +29,15 @@ class Bench:
         return [s for name, s in self.systems.items() if "error" not in self.found[name]]
 
     def fail(self, command, reason):
-        """Note why the systems of a command are not measured, or not any more."""
+        """Note why the systems of a command are not measured, or not any more; exits where it is the project's own."""
         for system in self.alive():
             if system.command == command:
-                self.found[system.name]["error"] = reason
+                self.found[system.name]["error"] = hide_paths(reason)
                 tqdm.write(f"{system.name}: not measured: {reason}")
+                if system.kind == PROJECT:
+                    raise SystemExit(
+                        f"{system.name}: expected the project's own service measured, found: {reason}; see its log"
+                    )
 
 
 def groups(systems):

@@ -6,11 +6,10 @@ ports http, grpc and metrics, work (a folder to write into), threads (cores of t
 """
 
 import json
+import re
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from core.files import ROOT
 
 SERVERS = Path(__file__).parent / "servers"
 PROJECT, PUBLISHED, BY_HAND, NAMED = "project", "published", "by hand", "named by the user"
@@ -130,6 +129,11 @@ SYSTEMS = (
 )  # fmt: skip
 
 
+def hide_paths(text):
+    """A text with only the names of absolute paths: where they lay is nobody's business."""
+    return re.sub(r"(?<![\w.])(?:/[^/\s'\":,;=]+)+/([^/\s'\":,;=]+)", r"…/\1", text)
+
+
 def named_system(text):
     """A row of --system NAME=REPOSITORY [options of serve.sh] or NAME=COMMAND; raises ValueError for another text.
 
@@ -140,9 +144,9 @@ def named_system(text):
     if not name.strip() or not words:
         raise ValueError(text)
     folder = Path(words[0])
-    command = shlex.join(words)
+    command = value
     if folder.is_dir():
         command = SERVE + shlex.join([str(folder.resolve()), *words[1:]])
     elif "{http}" not in command:
         raise ValueError(text)
-    return System(name.strip(), NAMED, command, "triton", settings=value.replace(str(ROOT), "."))
+    return System(name.strip(), NAMED, command, "triton", settings=hide_paths(value))
