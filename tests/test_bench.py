@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -154,7 +154,7 @@ def start(tmp_path, code, timeout_s=30):
     args = SimpleNamespace(work=tmp_path, timeout_s=timeout_s)
     facts = {"service": "", "pid": tmp_path / "pid"}
     bench = rounds.Bench(args, [system], facts, ["fine"], [("good", 0.9)])
-    with rounds.contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         server = rounds.start(bench, [system], stack, "start_s")
     return server, bench.found["made up"].get("error")
 
@@ -168,7 +168,7 @@ def test_a_command_that_is_not_there_is_not_measured(tmp_path):
     args = SimpleNamespace(work=tmp_path, timeout_s=5)
     system = System("absent", PUBLISHED, f"{tmp_path}/nowhere {{http}}")
     bench = rounds.Bench(args, [system], {"service": ""}, ["fine"], [("good", 0.9)])
-    with rounds.contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         assert rounds.start(bench, [system], stack, "start_s") is None
     assert "nowhere: No such file" in bench.found["absent"]["error"]
 
@@ -182,7 +182,9 @@ def test_a_system_that_never_answers_is_ended_with_its_children(tmp_path):
 
 
 def alive(pid):
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def test_a_service_is_named_by_its_repository_or_its_command(tmp_path):
@@ -278,8 +280,9 @@ def test_ctrl_c_leaves_no_server(tiny, tmp_path):
     process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline, servers = time.monotonic() + 60, []
     while not servers and process.poll() is None and time.monotonic() < deadline:
-        children = psutil.Process(process.pid).children(recursive=True)
-        servers = [child for child in children if child.name() == "tritonserver"]
+        with suppress(psutil.NoSuchProcess):  # serve.sh's short commands come and go
+            children = psutil.Process(process.pid).children(recursive=True)
+            servers = [child for child in children if child.name() == "tritonserver"]
         time.sleep(0.1)
     os.kill(process.pid, signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
