@@ -135,16 +135,32 @@ def triton_batches(system, server, service):
     return tuple(map(sum, zip(*graphs, strict=True))) if graphs else counted.get(service)
 
 
+def session_of(pid):
+    """Number of a process's session; None where it is gone."""
+    with contextlib.suppress(OSError):
+        return os.getsid(pid)
+
+
 def end(server):
-    """End a server and all that it started, by their pids."""
-    processes = processes_of(server)
+    """End a server and all that it started, by their pids.
+
+    A session outlives the process that made it: what was orphaned while its server ended is found by it.
+    """
+    sessions, deadline = {server.process.pid}, time.monotonic() + END_S
     try:
+        # before it ends: afterwards nobody tells whose the children were
+        sessions |= {session_of(process.pid) for process in processes_of(server)}
         server.process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            server.process.wait(END_S)
+        while server.process.poll() is None and time.monotonic() < deadline:
+            sessions |= {session_of(process.pid) for process in processes_of(server)}
+            time.sleep(0.05)
     finally:  # also where a second Ctrl-C comes
-        for process in processes:
-            with contextlib.suppress(psutil.Error):  # psutil tells a pid that was given to another
-                process.kill()
-        psutil.wait_procs(processes, timeout=5)
+        sessions -= {None, os.getsid(0)}
+        left = []
+        for pid in psutil.pids():
+            if session_of(pid) in sessions:
+                with contextlib.suppress(psutil.Error):
+                    left.append(psutil.Process(pid))
+                    left[-1].kill()
+        psutil.wait_procs(left, timeout=5)
         server.process.poll()

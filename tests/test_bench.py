@@ -288,3 +288,5 @@ def test_ctrl_c_leaves_no_server(tiny, tmp_path):
     _, stderr = process.communicate(timeout=60)
     assert servers and process.returncode == 1 and "found an interruption" in stderr
     assert not any(alive(server.pid) for server in servers) and not list(tmp_path.glob("*/*"))
+    running = [process.info["cmdline"] or () for process in psutil.process_iter(["cmdline"])]
+    assert not [words for words in running if any(str(tiny.repository) in word for word in words)]
