@@ -149,12 +149,35 @@ def draw_verdicts(model):
     return figure
 
 
+def draw_peers(model):
+    """Each system's throughput as a multiple of the project's in the same rounds, a panel for each concurrency."""
+    record = model["peers"]
+    systems = [system for system in record["systems"] if system["levels"]]
+    figure, panels = plt.subplots(
+        1, len(record["settings"]["concurrency"]), figsize=(13, 1.6 + 0.3 * len(systems)), sharey=True, squeeze=False
+    )
+    for axes, concurrency in zip(panels[0], record["settings"]["concurrency"], strict=True):
+        for i, system in enumerate(systems):
+            if found := system["levels"].get(str(concurrency), {}).get("ratio"):
+                own = system["kind"] in ("project", "named by the user")
+                axes.barh(i, found["median"], color="0.55" if own else "0.85", edgecolor="0.3")
+                axes.hlines(i, found["min"], found["max"], color="black", linewidth=1)
+        axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
+        axes.set(xlabel="throughput as a multiple of the project's", title=f"concurrency {concurrency}")
+    panels[0][0].set_yticks(range(len(systems)), [system["name"] for system in systems])
+    panels[0][0].invert_yaxis()
+    cpu = record["environment"]["cpu"]
+    figure.suptitle(f"{model['title']}; dark: the project's services; lines: slowest and fastest round; {cpu}")
+    return figure
+
+
 # kind of measurement -> (how its picture is drawn, the file its data is in)
 PICTURES = {
     "quality": (draw_deviations, "quality.csv"),
     "perf": (draw_performance, "perf.json"),
     "complexity": (draw_roofline, "complexity.json"),
     "sensitivity": (draw_sensitivity, "sensitivity.json"),
+    "peers": (draw_peers, "peers.json"),
     "verdicts": (draw_verdicts, "verdicts.json"),  # which holds the digest of verdicts.csv
 }
 

@@ -1,6 +1,6 @@
 """The marked blocks of report.md and README.md, and the tables of one model: which section stands where."""
 
-from reporting import complexity, findings, quality, services, speed, verdicts
+from reporting import complexity, findings, peers, quality, services, speed, verdicts
 from reporting.markdown import NOT_MEASURED, relative
 
 
@@ -27,6 +27,7 @@ def blocks(models):
         "int8": of_record("sensitivity", "Quality against the share in INT8", lambda _: [quality.searches(models)]),
         "deploy": verdicts.deploy(models),
         "services": services.services(models),
+        "peers": peers.peers(models),
         "plans": quality.plans(models),
         "summary": findings.summary(models),
     }
@@ -39,6 +40,7 @@ def details(model):
         "quality": ("Deviations", quality.deviations),
         "sts": ("Last hidden state", lambda m: [quality.similarity([m])]),
         "perf": ("Every level", speed.details),
+        "peers": ("Peers", peers.details),
         "complexity": ("Complexity", lambda m: complexity.summary(m) + complexity.details(m)),
         "sensitivity": ("Search for INT8", quality.search),
     }

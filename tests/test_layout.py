@@ -7,7 +7,7 @@ import time
 import pytest
 from conftest import ROOT, run
 
-FLOORS = {"core": 0, "tasks": 1, "serving": 2, "precision": 2, "roofline": 2, "verdict": 3, "reporting": 3}
+FLOORS = {"core": 0, "tasks": 1, "serving": 2, "precision": 2, "roofline": 2, "verdict": 3, "reporting": 3, "bench": 3}
 TOP = 4  # scripts
 
 
