@@ -1,6 +1,6 @@
 """The section on services: a row per exported checkpoint of another task than the task's own."""
 
-from reporting.markdown import NOT_MEASURED, caption, is_encoder, listing, table
+from reporting.markdown import NOT_MEASURED, caption, is_encoder, listing, percent, table
 from reporting.speed import levels
 
 SERVICE = "ensemble"  # key of the whole service in perf.json, texts to answers
@@ -28,10 +28,39 @@ def row(model):
     }
 
 
+def candidate(found, chosen):
+    """One engine and precision that was measured for a service on this CPU."""
+    agreement = found.get("agreement")
+    name = f"{found['engine']}, {found['precision']}"
+    same = {key: found[key] for key in ("engine", "precision")} == chosen
+    return {
+        "engine, precision": f"**{name}**" if same else name,
+        "texts/s alone": f"{found['alone_texts_per_s']:.1f}",
+        "texts/s, eight together": f"{found['together_texts_per_s']:.1f}",
+        "relative L2 error": percent(found["relative_l2_error"]),
+        "agreement": f"{agreement['value']:.4f} [{agreement['low']:.4f}, {agreement['high']:.4f}]" if agreement else "",
+        "holds": "yes" if found["holds"] else "no",
+    }
+
+
+def choices(models):
+    """For each service whose engine was chosen, what there was to choose from."""
+    parts = []
+    for model in (m for m in models if m["choice"]):
+        record = model["choice"]
+        parts += [
+            f"The engine and precision of {model['title']} on this CPU, measured without a server on {record['texts']}, the choice in "
+            f"bold. {caption(record)}.",
+            table(candidate(found, record["chosen"]) for found in record["rows"]),
+        ]
+    return parts
+
+
 def services(models):
     """A table of every service that was measured, and on what."""
     shown = [m for m in models if not is_encoder(m) and m["perf"]]
     if not shown:
         return [f"Services of other tasks: {NOT_MEASURED}."]
     captions = listing(dict.fromkeys(caption(m["perf"]) for m in shown))
-    return [table(map(row, shown)), f"Texts go in and answers come out, over the server. {captions}."]
+    lead = f"Texts go in and answers come out, over the server. {captions}."
+    return [table(map(row, shown)), lead, *choices(models)]

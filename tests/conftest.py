@@ -33,7 +33,7 @@ def run(*command, timeout_s=300, **options):
     """Run a script of the project; returns the finished process with stdout and stderr."""
     name, *rest = map(str, command)
     argv = [sys.executable, str(ROOT / name), *rest] if name.endswith(".py") else [str(ROOT / name), *rest]
-    if name.startswith("serving."):  # a module that is a command
+    if name.startswith(("serving.", "verdict.")):  # a module that is a command
         argv, options = [sys.executable, "-m", name, *rest], {"cwd": ROOT} | options
     return subprocess.run(argv, capture_output=True, text=True, timeout=timeout_s, **options)
 

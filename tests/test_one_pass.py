@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import post, start_server, succeed
+from conftest import link_copy, post, run, start_server, succeed
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core import files, runner
-from core.repository import tokenizer_path
+from core import engines, files, runner
+from core.repository import read_card, tokenizer_path
 from core.tokens import load_tokenizer
 from serving import server
 
@@ -117,8 +117,7 @@ def test_a_bad_text_fails_alone(paths):
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_batches_give_what_each_text_gives_alone(tiny, packed):
-    from core.engines import open_onnxruntime
-    from core.repository import graph_path, read_card
+    from core.repository import graph_path
     from core.tables import PACKED_FILE
 
     card, tokenizer = read_card(tiny.repository), load_tokenizer(tokenizer_path(tiny.repository))
@@ -130,9 +129,60 @@ def test_batches_give_what_each_text_gives_alone(tiny, packed):
     inputs = runner.packed_inputs(card["inputs"]) if packed else card["inputs"]
     settings = {"inputs": inputs, "position_offset": offset, "per_token": False, "cores": 2}
     run = runner.Runner(
-        settings, padding, lambda threads, streams: open_onnxruntime(path, "LOGITS", "FP32", threads, streams)
+        settings, padding, lambda threads, streams: engines.open_onnxruntime(path, "LOGITS", "FP32", threads, streams)
     )
     encodings = tokenizer.encode_batch(five_hundred_texts()[::25])
     together = run(encodings)
     for encoding, row in zip(encodings, together, strict=True):
         np.testing.assert_allclose(run([encoding])[0], row, atol=1e-5)
+
+
+# --- the choice of engine and precision ----------------------------------------------
+
+
+def test_the_fastest_that_holds_is_chosen_and_the_nearest_of_those_as_fast():
+    from verdict.choose import choose
+
+    names = ("holds", "together_texts_per_s", "relative_l2_error")
+    rows = [
+        dict(zip(names, values, strict=True))
+        for values in ((True, 100, 0), (False, 900, 0.5), (True, 200, 0.01), (True, 205, 0.05))
+    ]
+    assert choose(rows) == rows[2]
+    assert choose(rows[:2]) == rows[0]
+
+
+def test_a_candidate_holds_by_the_agreement_of_a_classifier_and_by_the_gate_elsewhere():
+    from tasks.table import TASKS
+    from verdict.choose import holds
+
+    classifier, sentences = TASKS["classification"], TASKS["sentence-embedding"]
+    agreement = {"agreement": {"value": 0.995, "low": 0.985, "high": 0.999}}
+    assert holds(classifier, "INT8", agreement, 0.98) and not holds(classifier, "INT8", agreement, 0.99)
+    assert holds(classifier, "INT8", {"agreement": {"value": 1.0, "low": 0.9, "high": 1.0}}, 0.99)
+    near, far = ({"relative_l2_error": error, "mean_cosine": 0.99} for error in (0.1, 0.2))
+    assert holds(sentences, "INT8", near, 0.99) and not holds(sentences, "INT8", far, 0.99)
+    assert not holds(sentences, "BF16", near, 0.99)
+
+
+def test_the_choice_is_written_and_served(tiny, tmp_path):
+    repository = link_copy(tiny.repository, tmp_path / "tiny")
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(files.read_texts(files.TEXTS)[:24]))
+    options = ("--repository", repository, "--texts", texts, "--results", tmp_path / "results")
+    done = succeed("verdict.choose", *options)
+    chosen = read_card(repository)["service"]
+    assert f"chosen: {chosen['cpu_engine']}, {chosen['cpu_precision']}" in done.stdout
+    assert chosen["cpu_precision"] == "FP32" and list(tmp_path.glob("results/*/*/choice.json"))
+    done = succeed("serving.one_pass", "--repository", repository, "--output", tmp_path / "view")
+    assert "FP32, packed" in done.stderr
+
+
+def test_an_engine_that_is_not_installed_is_named_with_its_command(tiny, tmp_path):
+    if not engines.why_missing("openvino"):
+        pytest.skip("openvino is installed")
+    done = run(
+        "serving.one_pass", "--repository", tiny.repository, "--output", tmp_path / "view", "--engine", "openvino"
+    )
+    assert done.returncode == 1 and "pip install -r serving/requirements-openvino.txt" in done.stderr
+    assert not (tmp_path / "view").exists()
