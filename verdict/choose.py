@@ -6,8 +6,9 @@ Writes: engine and precision into its record, for serve.sh; results/<model>/<mac
 Run:    python -m verdict.choose --repository build/reviews
 Prints: a line for each candidate: texts/s alone and eight together, what its answers are worth, whether it holds.
 
-A classifier's candidate holds if the lower end of the interval of its agreement with FP32 is at least --agreement, any
-other one if it is within the gate of its task. The fastest under load that holds is chosen, FP32 at the worst.
+A classifier's candidate holds if all its answers agree with those of FP32, or the lower end of the interval of
+agreement is at least --agreement; any other one if it is within the gate of its task. The fastest under load that holds
+is chosen, FP32 at the worst.
 """
 
 import argparse
