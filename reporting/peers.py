@@ -2,7 +2,7 @@
 
 import statistics
 
-from reporting.markdown import NOT_MEASURED, caption, listing, number, relative, table
+from reporting.markdown import DETAILS, NOT_MEASURED, caption, listing, number, relative, table
 
 OWN = ("project", "named by the user")
 RIVALS = {"published": "the best published peer", "by hand": "a server that batches by hand"}
@@ -135,14 +135,12 @@ def section(model):
     lead = (
         f"**{model['title']}**. {caption(record)}. {settings['texts']['count']} texts ({settings['texts']['file']}), one a "
         f"request; {settings['rounds']} rounds, {windows}. A ratio is to the project's window of the same round: the median, "
-        "and the lowest and the highest."
+        f"and the lowest and the highest. Every system's figures: [{DETAILS}]({relative(model, DETAILS)})."
     )
     missing = [f"{s['name']} ({s['error']})" for s in record["systems"] if "error" in s]
     return [
         lead,
-        table(speeds(record)),
-        table(comparisons(record)),
-        table(costs(record)),
+        table(row for row in comparisons(record) if "gRPC" not in row[""] and "p99" not in row[""]),
         *([f"Not measured, or not to the end: {'; '.join(missing)}."] if missing else []),
         *sentences(record),
         f"![Throughput as a multiple of the project's]({relative(model, 'peers.png')})",
@@ -150,7 +148,7 @@ def section(model):
 
 
 def details(model):
-    """Versions and settings of every system."""
+    """Comparisons, costs, versions and settings of every system."""
     rows = (
         {
             "system": s["name"],
@@ -160,4 +158,5 @@ def details(model):
         }
         for s in model["peers"]["systems"]
     )
-    return [table(rows)]
+    record = model["peers"]
+    return [table(speeds(record)), table(comparisons(record)), table(costs(record)), table(rows)]

@@ -41,6 +41,7 @@ def details(model):
         "sts": ("Last hidden state", lambda m: [quality.similarity([m])]),
         "perf": ("Every level", speed.details),
         "peers": ("Peers", peers.details),
+        "choice": ("Engine and precision on this CPU", services.details),
         "complexity": ("Complexity", lambda m: complexity.summary(m) + complexity.details(m)),
         "sensitivity": ("Search for INT8", quality.search),
     }

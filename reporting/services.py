@@ -1,14 +1,14 @@
 """The section on services: a row per exported checkpoint of another task than the task's own."""
 
-from reporting.markdown import NOT_MEASURED, caption, is_encoder, listing, percent, table
+from reporting.markdown import DETAILS, NOT_MEASURED, caption, is_encoder, listing, percent, relative, table
 from reporting.speed import levels
 
 SERVICE = "ensemble"  # key of the whole service in perf.json, texts to answers
 
 
 def origin(card):
-    """Name, weights and source of a checkpoint, and whom to thank."""
-    notes = [card["source"], *(card[key] for key in ("licence", "attribution", "note") if card.get(key))]
+    """Name, weights and source of a checkpoint, and its licence."""
+    notes = [card["source"], *(card[key] for key in ("label", "licence") if card.get(key))]
     return f"{card['name']} ({'; '.join(notes)})"
 
 
@@ -43,17 +43,21 @@ def candidate(found, chosen):
     }
 
 
-def choices(models):
-    """For each service whose engine was chosen, what there was to choose from."""
-    parts = []
-    for model in (m for m in models if m["choice"]):
-        record = model["choice"]
-        parts += [
-            f"The engine and precision of {model['title']} on this CPU, measured without a server on {record['texts']}, the choice in "
-            f"bold. {caption(record)}.",
-            table(candidate(found, record["chosen"]) for found in record["rows"]),
-        ]
-    return parts
+def chosen(models):
+    """For each service whose engine was chosen, which one, of what."""
+    return [
+        f"The fastest engine and precision for {m['title']} on this CPU whose answers hold: {m['choice']['chosen']['engine']}, "
+        f"{m['choice']['chosen']['precision']}, of {len(m['choice']['rows'])} candidates ([table]({relative(m, DETAILS)}))."
+        for m in models
+        if m["choice"]
+    ]
+
+
+def details(model):
+    """The candidates among which a service's engine and precision were chosen."""
+    record = model["choice"]
+    lead = f"Measured without a server on {record['texts']}; the choice is in bold. {caption(record)}."
+    return [lead, table(candidate(found, record["chosen"]) for found in record["rows"])]
 
 
 def services(models):
@@ -63,4 +67,4 @@ def services(models):
         return [f"Services of other tasks: {NOT_MEASURED}."]
     captions = listing(dict.fromkeys(caption(m["perf"]) for m in shown))
     lead = f"Texts go in and answers come out, over the server. {captions}."
-    return [table(map(row, shown)), lead, *choices(models)]
+    return [table(map(row, shown)), lead, *chosen(models)]

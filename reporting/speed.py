@@ -15,7 +15,7 @@ def levels(perf):
 def noise(perf):
     """{figure: (lowest, highest) ratio of the replicate to ONNX over the levels}; {} where it is a plan of its own."""
     engines, found, shown = perf["server"]["engines"], levels(perf), {}
-    if engines.get(REPLICATE) != engines[REFERENCE]:
+    if REPLICATE not in engines or engines[REPLICATE] != engines[REFERENCE]:
         return {}
     for name, key in FIGURES.items():
         pairs = [(found[m, c][key], found.get((REFERENCE, c), {}).get(key)) for m, c in found if m == REPLICATE]
@@ -75,11 +75,12 @@ def matrix(perf, cell):
 
 def how_measured(perf):
     """Machine, tool and settings of a run in a sentence or two; what its speeds are worth."""
-    s, engines = perf["settings"], listing(dict.fromkeys(perf["server"]["engines"].values()))
+    s, server = perf["settings"], perf["server"]
+    engines = listing(dict.fromkeys(server["engines"].values()) or [server.get("executed_by", NOT_MEASURED)])
     lead = (
         f"{caption(perf)}. The load came from perf_analyzer over {s['protocol']}, {s['batch_size']} text a request "
         f"({s['inputs']}), in {s['rounds']} rounds of about {s['window_s']:g} s a level"
-        f"{', in a quick run' if perf['quick'] else ''}. The embedders were executed by {engines}."
+        f"{', in a quick run' if perf['quick'] else ''}. What executed the graphs is {engines}."
     )
     if not on_gpu(perf):
         lead += " **These speeds allow no conclusion about TensorRT**, whose speed on a GPU was not measured here."
