@@ -1,6 +1,7 @@
 """The chain on the packaged MiniLM, run once through the scripts: export, graphs, server."""
 
 import contextlib
+import fcntl
 import io
 import json
 import os
@@ -29,7 +30,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "timing: compares times, with a tolerance for a busy machine")
 
 
-def run(*command, timeout_s=300, **options):
+def run(*command, timeout_s=600, **options):
     """Run a script of the project; returns the finished process with stdout and stderr."""
     name, *rest = map(str, command)
     argv = [sys.executable, str(ROOT / name), *rest] if name.endswith(".py") else [str(ROOT / name), *rest]
@@ -127,17 +128,36 @@ def link_copy(source, target):
     )
 
 
+def made_once(factory, name, make):
+    """A copy, for this process alone, of what make(folder) writes once for all processes of the suite."""
+    own = factory.getbasetemp()
+    made = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / f"{name}-of-all"
+    with open(f"{made}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not Path(f"{made}.done").exists():
+            shutil.rmtree(made, ignore_errors=True)
+            made.mkdir()
+            make(made)
+            Path(f"{made}.done").touch()
+    return link_copy(made, factory.mktemp(name) / name)
+
+
+def places_of(folder):
+    """The three places of the task's own chain."""
+    return SimpleNamespace(repository=folder / "model_repository", assets=folder / "assets", results=folder / "results")
+
+
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory):
     """MiniLM exported and quantized into a folder of its own."""
-    folder = tmp_path_factory.mktemp("chain")
-    chain = SimpleNamespace(
-        repository=folder / "model_repository", assets=folder / "assets", results=folder / "results"
-    )
-    results = ("--repository", chain.repository, "--results", chain.results)
-    succeed("torch2onnx.py", "--model", MINILM, "--assets", chain.assets, *results)
-    succeed("quantize.py", *results, "--max-selection-texts", 16)
-    return chain
+
+    def make(folder):
+        places = places_of(folder)
+        results = ("--repository", places.repository, "--results", places.results)
+        succeed("torch2onnx.py", "--model", MINILM, "--assets", places.assets, *results)
+        succeed("quantize.py", *results, "--max-selection-texts", 16)
+
+    return places_of(made_once(tmp_path_factory, "chain", make))
 
 
 @pytest.fixture(scope="session")
@@ -166,21 +186,28 @@ def quality(chain):
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """MiniLM fine-tuned on the project's own labelled sentences: folder and what was printed."""
-    folder = tmp_path_factory.mktemp("trained") / "reviews-checkpoint"
-    options = ("--batch-size", 16, "--learning-rate", "2e-4", "--threads", 1)
-    results = folder.parent / "results"
-    done = succeed("train_classifier.py", "--output", folder, "--results", results, *options)
-    return SimpleNamespace(folder=folder, results=results, stdout=done.stdout)
+
+    def make(folder):
+        options = ("--batch-size", 16, "--learning-rate", "2e-4", "--threads", 1, "--results", folder / "results")
+        done = succeed("train_classifier.py", "--output", folder / "reviews-checkpoint", *options)
+        (folder / "stdout").write_text(done.stdout)
+
+    folder = made_once(tmp_path_factory, "trained", make)
+    printed = (folder / "stdout").read_text()
+    return SimpleNamespace(folder=folder / "reviews-checkpoint", results=folder / "results", stdout=printed)
 
 
 @pytest.fixture(scope="session")
 def reviews(trained, tmp_path_factory):
     """The fine-tuned checkpoint exported and quantized: a classifier's repository with five graphs."""
-    folder = tmp_path_factory.mktemp("classifier")
-    repository = folder / "reviews"
-    succeed("torch2onnx.py", "--task", "classification", "--model", trained.folder, "--repository", repository)
-    succeed("quantize.py", "--quick", "--repository", repository, "--results", folder / "results")
-    return SimpleNamespace(checkpoint=trained.folder, repository=repository, results=folder / "results")
+
+    def make(folder):
+        repository = folder / "reviews"
+        succeed("torch2onnx.py", "--task", "classification", "--model", trained.folder, "--repository", repository)
+        succeed("quantize.py", "--quick", "--repository", repository, "--results", folder / "results")
+
+    folder = made_once(tmp_path_factory, "classifier", make)
+    return SimpleNamespace(checkpoint=trained.folder, repository=folder / "reviews", results=folder / "results")
 
 
 @pytest.fixture(scope="session")
@@ -222,7 +249,10 @@ def tiny_config(labels=("bad", "good"), **others):
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """A tiny classifier of two classes, exported: (checkpoint, repository)."""
-    folder = tmp_path_factory.mktemp("tiny")
-    checkpoint = save_classifier(folder / "tiny-checkpoint", tiny_config())
-    succeed("torch2onnx.py", "--task", "classification", "--model", checkpoint, "--repository", folder / "tiny")
-    return SimpleNamespace(checkpoint=checkpoint, repository=folder / "tiny")
+
+    def make(folder):
+        checkpoint = save_classifier(folder / "tiny-checkpoint", tiny_config())
+        succeed("torch2onnx.py", "--task", "classification", "--model", checkpoint, "--repository", folder / "tiny")
+
+    folder = made_once(tmp_path_factory, "tiny", make)
+    return SimpleNamespace(checkpoint=folder / "tiny-checkpoint", repository=folder / "tiny")

@@ -12,8 +12,9 @@ import onnx
 import pytest
 import torch
 import transformers
-from conftest import MINILM, ROOT, run, succeed
+from conftest import MINILM, ROOT, run, run_here, succeed
 
+import torch2onnx
 from core import checkpoint, files, onnx_runtime
 from tasks import embedding
 
@@ -54,7 +55,7 @@ def test_graph_has_the_agreed_tensors_and_only_a_dynamic_batch(exported):
 
 
 def test_two_exports_give_the_same_file_without_paths_of_the_machine(exported, tmp_path):
-    succeed("torch2onnx.py", "--model", MINILM, *places(tmp_path))
+    succeed("torch2onnx.py", "--model", MINILM, "--no-packed", *places(tmp_path))
     first = exported.repository / "model_ONNX/1/model.onnx"
     assert files.sha256(first) == files.sha256(tmp_path / "model_repository/model_ONNX/1/model.onnx")
     content = first.read_bytes()
@@ -79,7 +80,8 @@ def test_above_the_allowed_error_no_model_is_left_not_even_an_older_one(tmp_path
     older = tmp_path / "model_repository/model_ONNX/1/model.onnx"
     older.parent.mkdir(parents=True)
     older.write_bytes(b"older")
-    done = run("torch2onnx.py", "--model", MINILM, "--max-error", "1e-12", *places(tmp_path))
+    folder = save_checkpoint(tmp_path / "checkpoint", transformers.BertConfig(**TINY))
+    done = run_here(torch2onnx, "--model", folder, "--max-error", "1e-12", *places(tmp_path))
     assert done.returncode == 1 and "max abs error to torch" in done.stderr
     assert not list(older.parent.glob("*.onnx*"))
 
@@ -98,7 +100,8 @@ def test_above_the_allowed_error_no_model_is_left_not_even_an_older_one(tmp_path
 )
 def test_other_encoders_get_the_same_two_inputs(config, tmp_path):
     checkpoint = save_checkpoint(tmp_path / "checkpoint", config)
-    done = succeed("torch2onnx.py", "--model", checkpoint, *places(tmp_path))
+    done = run_here(torch2onnx, "--model", checkpoint, *places(tmp_path))
+    assert done.returncode == 0, done.stderr
     assert "MFLOPs per token" in done.stdout and "WARNING" not in done.stderr, done.stderr
     graph = onnx.load(tmp_path / "model_repository/model_ONNX/1/model.onnx")
     assert [i.name for i in graph.graph.input] == ["INPUT_IDS", "ATTENTION_MASK"]
@@ -107,7 +110,7 @@ def test_other_encoders_get_the_same_two_inputs(config, tmp_path):
 def test_length_and_outputs_reach_graph_configs_and_tokenizer(tmp_path):
     checkpoint = save_checkpoint(tmp_path / "checkpoint", transformers.BertConfig(**TINY))
     options = ("--max-length", 48, "--num-outputs", 3)
-    succeed("torch2onnx.py", "--model", checkpoint, *options, *places(tmp_path))
+    assert run_here(torch2onnx, "--model", checkpoint, *options, *places(tmp_path)).returncode == 0
     succeed("quantize.py", "--only", "FP32", *places(tmp_path)[:2])
     done = run("serving.check", "--repository", tmp_path / "model_repository")
     # the configs fit; the next thing that is missing is the next step's
@@ -117,7 +120,7 @@ def test_length_and_outputs_reach_graph_configs_and_tokenizer(tmp_path):
 
 
 def refuse(tmp_path, checkpoint, *words, options=()):
-    done = run("torch2onnx.py", "--model", checkpoint, *options, *places(tmp_path))
+    done = run_here(torch2onnx, "--model", checkpoint, *options, *places(tmp_path))
     assert done.returncode == 1, done.stdout
     assert all(word in done.stderr for word in words), done.stderr
     assert "Traceback" not in done.stderr
