@@ -11,17 +11,28 @@ HUBS = {"hub": "the Hugging Face hub", "clearml": "ClearML", "wandb": "Weights &
 KINDS = ("quality", "perf", "plans", "compile", "complexity", "sensitivity", "sts", "verdicts", "peers", "choice")
 
 
+def rank(model):
+    """Which measurements of a model tell most: those on a GPU, then the most, then the newest."""
+    dates = [model[kind]["environment"]["utc"] for kind in KINDS if model[kind]]
+    return bool(model["perf"] and md.on_gpu(model["perf"])), len(dates), max(dates)
+
+
+def best_of_each(models):
+    """Each model once, on the machine whose measurements tell most; the others have their own tables."""
+    ranked = sorted(models, key=rank)
+    best = {model["slug"]: model["folder"] for model in ranked}
+    return [model for model in models if model["folder"] == best[model["slug"]]]
+
+
 def model_of_record(models):
     """The encoder that the report is about: DistilBERT, with its own weights and on a GPU where it was so measured."""
 
-    def rank(model):
-        perf, card = model["perf"], model["card"]
-        dates = [model[kind]["environment"]["utc"] for kind in KINDS if model[kind]]
-        on_gpu = bool(perf and md.on_gpu(perf))
+    def standing(model):
+        card = model["card"]
         fixed = card.get("fixed_length", True)  # the task's own length
-        return (fixed, card["name"] == md.OF_RECORD, card["weights"] == "real", on_gpu, len(dates), max(dates))
+        return fixed, card["name"] == md.OF_RECORD, card["weights"] == "real", *rank(model)
 
-    return max(filter(md.is_encoder, models), key=rank, default=None)
+    return max(filter(md.is_encoder, models), key=standing, default=None)
 
 
 def record_line(model):
