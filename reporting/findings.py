@@ -62,7 +62,10 @@ def executed(models):
     engines = sorted({e for s in servers for e in s.get("engines", {}).values()})
     versions = sorted({s["version"] for s in servers})
     cards = [m["card"] for m in models]
-    origins = dict.fromkeys(f"{c['name']} (weights: {c['weights']}; source: {c['source']})" for c in cards)
+    origins = {}  # models of one origin are named together
+    for card in cards:
+        origins.setdefault(f"(weights: {card['weights']}; source: {card['source']})", {})[card["name"]] = None
+    named = [f"{md.listing(names)} {origin}" for origin, names in origins.items()]
     sources = {c["source"] for c in cards} | {m["training"]["encoder"]["source"] for m in models if m["training"]}
     own = any(c["name"] == md.OF_RECORD and c["weights"] == "real" for c in cards)
     facts = {
@@ -74,7 +77,7 @@ def executed(models):
         **{f"a download from {name}": any(s.startswith(f"{p}:") for s in sources) for p, name in HUBS.items()},
     }
     return [
-        f"**What the authors executed.** The models are {md.listing(origins)}. What executed them was {md.listing(engines)}"
+        f"**What the authors executed.** The models are {md.listing(named)}. What executed them was {md.listing(engines)}"
         f"{f', behind a Triton server of version {md.listing(versions)}' if versions else ''}. Everything was measured on "
         f"{md.listing(sorted({md.machine_of(r['environment']) for r in records}))}.",
         f"**What the authors never executed:** {md.listing(what for what, found in facts.items() if not found)}.",

@@ -51,6 +51,7 @@ def details(model):
         "quality": ("Deviations", quality.deviations),
         "sts": ("Last hidden state", lambda m: [quality.similarity([m])]),
         "perf": ("Every level", speed.details),
+        "verdicts": ("Verdicts", verdicts.details),
         "peers": ("Peers", peers.details),
         "choice": ("Engine and precision on this CPU", services.details),
         "complexity": ("Complexity", lambda m: complexity.summary(m) + complexity.details(m)),
