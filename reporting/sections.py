@@ -6,6 +6,8 @@ from reporting.markdown import NOT_MEASURED, relative
 
 def blocks(models):
     """{name: text} of every block."""
+    everything = models
+    models = [m for m in models if not m["padded"]]  # at dynamic length: a line and tables of its own
     record = findings.model_of_record(models)
 
     def of_record(kind, alt, section):
@@ -17,7 +19,7 @@ def blocks(models):
     parts = {
         "executed": findings.executed(models),
         "findings": [findings.findings(models)],
-        "results": [findings.record_line(record), *findings.results(models)],
+        "results": [findings.record_line(record), *findings.results(models, everything)],
         "embedders": of_record("perf", "Throughput and latency against concurrency", speed.performance),
         "deviations": [
             *of_record("quality", "Share of texts against relative L2 error", quality.deviations),
