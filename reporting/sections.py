@@ -1,6 +1,6 @@
 """The marked blocks of report.md and README.md, and the tables of one model: which section stands where."""
 
-from reporting import complexity, findings, peers, quality, services, speed, verdicts
+from reporting import complexity, findings, length, peers, quality, services, speed, verdicts
 from reporting.markdown import NOT_MEASURED, relative
 
 
@@ -44,6 +44,7 @@ def details(model):
         "perf": ("Every level", speed.details),
         "peers": ("Peers", peers.details),
         "choice": ("Engine and precision on this CPU", services.details),
+        "length": ("Cost over length", length.details),
         "complexity": ("Complexity", lambda m: complexity.summary(m) + complexity.details(m)),
         "sensitivity": ("Search for INT8", quality.search),
     }
