@@ -54,10 +54,13 @@ def make_texts(tokenizer, lengths):
 
 def count_flops(model, lengths):
     """{length: FLOPs of a text} of a checkpoint's encoder, in closed form; the head of its task counts as one Linear."""
-    from roofline.layers import UnknownLayer, list_layers  # torch and transformers take seconds
+    import transformers  # it and torch take seconds
+
+    from roofline.layers import UnknownLayer, list_layers
     from roofline.model import cost
     from tasks.embedding import Embedder, load_encoder
 
+    transformers.logging.set_verbosity_error()  # that the head is left out is no news
     embedder = Embedder(load_encoder(model, False, 0), 2, 0).eval()
     try:
         layers = list_layers(embedder, max(lengths))

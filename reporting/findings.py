@@ -8,19 +8,8 @@ from reporting.speed import levels, noise_factor, noise_line, padding_line, tail
 from reporting.verdicts import deployable
 
 HUBS = {"hub": "the Hugging Face hub", "clearml": "ClearML", "wandb": "Weights & Biases", "mlflow": "MLflow"}
-KINDS = (
-    "quality",
-    "perf",
-    "plans",
-    "compile",
-    "complexity",
-    "sensitivity",
-    "sts",
-    "verdicts",
-    "peers",
-    "choice",
-    "length",
-)
+KINDS = ("quality", "perf", "plans", "compile", "complexity", "sensitivity", "sts", "verdicts")
+KINDS += ("peers", "choice", "length", "limits")
 
 
 def model_of_record(models):

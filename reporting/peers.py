@@ -153,7 +153,7 @@ def details(model):
         {
             "system": s["name"],
             "versions": ", ".join(f"{name} {version}" for name, version in s["versions"].items()),
-            "settings": s["settings"],
+            "settings": "; ".join(filter(None, (s["settings"], s.get("executed_by")))),
             "cores used idle": number(s.get("idle_cpu_cores"), ".2f"),
         }
         for s in model["peers"]["systems"]

@@ -1,6 +1,6 @@
 """The marked blocks of report.md and README.md, and the tables of one model: which section stands where."""
 
-from reporting import complexity, findings, length, peers, quality, services, speed, verdicts
+from reporting import complexity, findings, length, peers, quality, services, speed, targets, verdicts
 from reporting.markdown import NOT_MEASURED, relative
 
 
@@ -38,17 +38,19 @@ def blocks(models):
 
 def details(model):
     """tables.md of one model on one machine."""
-    sections = {
-        "quality": ("Deviations", quality.deviations),
-        "sts": ("Last hidden state", lambda m: [quality.similarity([m])]),
-        "perf": ("Every level", speed.details),
-        "peers": ("Peers", peers.details),
-        "choice": ("Engine and precision on this CPU", services.details),
-        "length": ("Cost over length", length.details),
-        "complexity": ("Complexity", lambda m: complexity.summary(m) + complexity.details(m)),
-        "sensitivity": ("Search for INT8", quality.search),
-    }
+    sections = (
+        ("quality", "Deviations", quality.deviations),
+        ("sts", "Last hidden state", lambda m: [quality.similarity([m])]),
+        ("perf", "Every level", speed.details),
+        ("peers", "Targets", targets.details),
+        ("peers", "Peers", peers.details),
+        ("limits", "Limits", targets.limits),
+        ("choice", "Engine and precision on this CPU", services.details),
+        ("length", "Cost over length", length.details),
+        ("complexity", "Complexity", lambda m: complexity.summary(m) + complexity.details(m)),
+        ("sensitivity", "Search for INT8", quality.search),
+    )
     parts = [f"# {model['title']}: every table", "Written by `report.py` from the files beside it."]
-    for kind, (heading, section) in sections.items():
+    for kind, heading, section in sections:
         parts += [f"## {heading}", *section(model)] if model[kind] else []
     return "\n\n".join([*parts, "## Plans", *quality.plans([model])]) + "\n"

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from core.arguments import make_parser
-from core.engines import ENGINES, why_missing
+from core.engines import ENGINES, TITLES, why_missing
 from core.files import replace_folder_when_done
 from core.repository import graph_path, read_card, tokenizer_path
 from core.runner import packed_inputs
@@ -25,8 +25,6 @@ from core.tokens import load_tokenizer
 from serving.configs import config_text, service_config
 from serving.repository import choose, write_file, write_service
 from tasks.table import OWN, TASKS
-
-TITLES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 
 
 def graph_settings(repository, card, precision, engine):
