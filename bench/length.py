@@ -23,7 +23,7 @@ from core.engines import ENGINES
 from core.files import RESULTS, TEXTS, read_texts, write_json
 from core.record import environment_record, results_folder
 from core.repository import read_card, tokenizer_path
-from core.tables import REFERENCE, SERVED, TEXT
+from core.tables import CPU_PRECISIONS, REFERENCE, TEXT
 from core.tokens import load_tokenizer
 from serving.server import SERVER_ERRORS, infer, one_pass, text_tensor
 from tasks.table import OWN, TASKS
@@ -121,7 +121,7 @@ def parse_args():
     parser.add_argument("--repository", type=Path, required=True, help="its export")
     parser.add_argument("--url", help="HOST:PORT of the running service's gRPC (default: no server)")
     parser.add_argument("--engine", choices=tuple(ENGINES), help="without --url (default: the service's)")
-    parser.add_argument("--precision", choices=(REFERENCE, *SERVED, "BF16"), help="without --url")
+    parser.add_argument("--precision", choices=(REFERENCE, *CPU_PRECISIONS), help="without --url")
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS), help="default: 64 128 256 384 512")
     parser.add_argument("--rounds", type=int, default=15, help="default: %(default)s")
     parser.add_argument("--results", type=Path, default=RESULTS)

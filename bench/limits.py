@@ -33,7 +33,7 @@ from core.files import RESULTS, TEXTS, write_json
 from core.record import environment_record, results_folder
 from core.repository import tokenizer_path
 from core.runner import Runner
-from core.tables import SERVED
+from core.tables import CPU_PRECISIONS
 from core.tokens import load_tokenizer
 from serving.one_pass import graph_settings, opener
 from tasks.table import TASKS
@@ -206,7 +206,7 @@ def describe(record):
 
 def pair(text):
     engine, _, precision = text.partition(",")
-    if engine not in ENGINES or precision not in (*SERVED, "BF16"):
+    if engine not in ENGINES or precision not in CPU_PRECISIONS:
         raise ValueError(text)
     return engine, precision
 

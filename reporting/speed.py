@@ -99,6 +99,23 @@ def performance(model):
     ]
 
 
+def best_line(perf):
+    """Why BEST is slow on a CPU, where it is; tests/test_makers.py counts the kernels."""
+    found = levels(perf)
+    ratios = [
+        found["TRT_BEST", c][FIGURES["throughput"]] / found[REFERENCE, c][FIGURES["throughput"]]
+        for m, c in found
+        if m == "TRT_BEST" and (REFERENCE, c) in found
+    ]
+    if on_gpu(perf) or not ratios or max(ratios) * noise_factor(perf) >= 1:
+        return []
+    return [
+        f"TRT_BEST reaches {min(ratios):.2f} to {max(ratios):.2f} of {REFERENCE}'s throughput here: ONNX Runtime's CPU has no kernel "
+        "that multiplies 8-bit operands between Q/DQ pairs in FP16, so every run dequantizes all weights anew and multiplies "
+        "in floating point between casts. It is made for TensorRT; on a CPU nobody should serve it."
+    ]
+
+
 # --- what padding costs --------------------------------------------------------------
 
 
@@ -156,4 +173,4 @@ def details(model):
     perf = model["perf"]
     found = {(r["model"], r["concurrency"]): r for r in perf["rows"]}
     rows = (level_cells(m, c, found.get((m, c), {"error": NOT_MEASURED})) for m, c in perf["planned"])
-    return [how_measured(perf), noise_line(perf), table(rows), *padding_table(model)]
+    return [how_measured(perf), noise_line(perf), table(rows), *best_line(perf), *padding_table(model)]

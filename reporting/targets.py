@@ -43,11 +43,12 @@ def model_by_model(model):
     return next((s["name"] for s in systems(model) if s.get("executed_by") == "model by model"), None)
 
 
-def int8_row(model):
-    """The faster INT8 row of the choice among those whose agreement is high enough; None without any."""
+def int8(model):
+    """Name of the fastest system in INT8 among those whose agreement is high enough; None without any."""
     rows = [r for r in (model["choice"] or {"rows": []})["rows"] if r["precision"] == "INT8" and "agreement" in r]
-    good = [r for r in rows if r["agreement"]["value"] >= AGREEMENT]
-    return max(good, key=lambda r: r["together_texts_per_s"], default=None)
+    names = [served_as(model, (r["engine"], "INT8")) for r in rows if r["agreement"]["value"] >= AGREEMENT]
+    speeds = {s["name"]: max(level["texts_per_s"]["median"] for level in s["levels"].values()) for s in systems(model)}
+    return max(filter(None, names), key=speeds.get, default=None)
 
 
 def limits_of(model, pair):
@@ -73,8 +74,7 @@ def to_rival(name_of, kind):
 
 
 def to_ensemble(model):
-    row, base = int8_row(model), model_by_model(model)
-    name = row and served_as(model, (row["engine"], "INT8"))
+    name, base = int8(model), model_by_model(model)
     return [middle(versus(model["peers"], name, base, c)) if name and base else None for c in LEVELS]
 
 
@@ -90,8 +90,8 @@ def mean_batch(model):
 
 
 def positions(model):
-    row = limits_of(model, ("onnxruntime", "FP32")).get("levels", {}).get(str(LEVELS[-1]))
-    return [row and row["positions_per_token"]]
+    rows = (limits_of(model, pair).get("levels", {}).get(str(LEVELS[-1])) for pair in (FP32_PAIR, chosen(model)))
+    return [row and row["positions_per_token"] for row in rows]
 
 
 def tail(name_of):
@@ -189,7 +189,7 @@ TARGETS = (
     Target(f"the chosen: served ÷ bare, {EACH}", least(0.80, 0.75, 0.85), served_to_bare(chosen)),
     Target(f"INT8 with an agreement of at least {AGREEMENT} ÷ FP32 served model by model, {EACH}", least(1.4, 3.0, 4.0), to_ensemble),
     Target(f"mean executed batch, texts, {EACH}", least(1, 2.3, 7), mean_batch),
-    Target("positions computed ÷ real tokens, concurrency 32", most(1.10), positions),
+    Target("FP32 / the chosen: positions computed ÷ real tokens, concurrency 32", most(1.10, 1.10), positions),
     Target("FP32: p99 at concurrency 8 ÷ the best published peer's", most(0.6), tail(fp32)),
     Target("the chosen: p99 at concurrency 8 ÷ the best published peer's", most(0.6), tail(the_chosen)),
     Target("bare FP32 ÷ the fastest GEMM, on the FLOPs of real tokens", least(0.70), to_roof("FP32")),

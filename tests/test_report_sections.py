@@ -77,6 +77,14 @@ def test_what_padding_costs_is_shown_where_both_lengths_were_measured(place):
     assert "At dynamic length: not measured." in written(place)
 
 
+def test_why_best_is_slow_on_a_cpu_is_said_where_it_is(place):
+    for speed, engines, said in ((20.0, data.CPU, True), (49.0, data.CPU, False), (20.0, data.GPU, False)):
+        rows = [data.level("ONNX", 50.0), data.level("TRT_BEST", speed)]
+        data.write_perf(place.folder, place.model, rows, engines=engines)
+        written(place)
+        assert ("TRT_BEST reaches 0.40 to 0.40 of ONNX's" in (place.folder / "tables.md").read_text()) is said
+
+
 # --- layers and MatMuls --------------------------------------------------------------
 
 
