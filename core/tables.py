@@ -30,8 +30,8 @@ class Precision:
     on_cpu: bool  # whether ONNX Runtime's CPU kernels execute its graph
 
 
-# the gates are what keeps rankings of texts: FP32 may be TF32 on a GPU, as coarse as FP16; FP16: ten times what
-# MiniLM shows; INT8 and BEST: wider than the search's target, which holds on other texts
+# the gates are what keeps rankings of texts: FP32 may be TF32 on a GPU, as coarse as FP16; FP16 and BF16: ten
+# times what MiniLM shows; INT8 and BEST: wider than the search's target, which holds on other texts
 FLOAT_GATE = {"relative_l2_error": 0.01, "mean_cosine": 0.9999}
 BF16_GATE = {"relative_l2_error": 0.05, "mean_cosine": 0.998}  # three bits less than FP16
 INT8_TARGET = {"relative_l2_error": 0.10, "mean_cosine": 0.99}
