@@ -152,6 +152,14 @@ def write_verdicts(folder, model, **facts):
     (folder / "verdicts.csv").write_text("\n".join([f"text_number,{columns}", *lines]) + "\n")
 
 
+def write_length(folder, model, seconds, flops):
+    rows = [
+        {"tokens": n, "flops": f, "seconds": {"median": s, "min": 0.9 * s, "max": 1.2 * s}}
+        for n, s, f in zip((64, 512), seconds, flops, strict=True)
+    ]
+    write(folder, "length", record(model, executed_by="ONNX Runtime, FP32", rounds=3, texts_each=4, rows=rows))
+
+
 def classifier(**facts):
     own = {"task": "classification", "name": "reviews", "source": "local folder", "outputs": {"LOGITS": [2]}}
     return card(**(own | {"labels": ["negative", "positive"]} | facts))
