@@ -8,7 +8,9 @@ from reporting.speed import levels, noise_factor, noise_line, tail
 from reporting.verdicts import deployable
 
 HUBS = {"hub": "the Hugging Face hub", "clearml": "ClearML", "wandb": "Weights & Biases", "mlflow": "MLflow"}
-KINDS = ("quality", "perf", "plans", "compile", "complexity", "sensitivity", "sts", "verdicts", "peers", "choice")
+KINDS = (
+    "quality", "perf", "plans", "compile", "complexity", "sensitivity", "sts", "verdicts", "peers", "choice", "generation",
+)  # fmt: skip
 
 
 def model_of_record(models):

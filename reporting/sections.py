@@ -42,6 +42,7 @@ def details(model):
         "perf": ("Every level", speed.details),
         "peers": ("Peers", peers.details),
         "choice": ("Engine and precision on this CPU", services.details),
+        "generation": ("Generated tokens", services.generation),
         "complexity": ("Complexity", lambda m: complexity.summary(m) + complexity.details(m)),
         "sensitivity": ("Search for INT8", quality.search),
     }
