@@ -61,6 +61,7 @@ def details(model):
         ("peers", "Peers", peers.details),
         ("limits", "Limits", targets.limits),
         ("choice", "Engine and precision on this CPU", services.details),
+        ("generation", "Generated tokens", services.generation),
         ("length", "Cost over length", length.details),
         ("complexity", "Complexity", lambda m: complexity.summary(m) + complexity.details(m)),
         ("sensitivity", "Search for INT8", quality.search),

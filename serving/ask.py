@@ -13,6 +13,7 @@ import tarfile
 from pathlib import Path
 
 from core.tables import EMBEDDERS, IMAGE, PINNED_TENSORRT, PRECISIONS, REFERENCE, SERVED, model_key
+from tasks.table import ALIASES, GENERATION, TASKS, served_precisions
 
 
 def how_built(precision, major, typed=False, plain=False):
@@ -46,7 +47,7 @@ def mount_option(args):
 
 
 def read_source(args):
-    """What an image is made of: "package", "repository" or "checkpoint", the precision and the name."""
+    """What an image is made of: "package", "repository" or "checkpoint", the precision and the name; a repository's task."""
     path = args.model
     if path.is_file():
         return " ".join(("package", *read_package(path)))
@@ -55,10 +56,11 @@ def read_source(args):
     if not (path / RECORD).is_file() and not (path / EMBEDDERS[REFERENCE]).is_dir():
         name = re.sub(r"[^A-Za-z0-9.]", "-", re.split("[/:]", str(path))[-1])
         return f"checkpoint {REFERENCE} {name}"
-    service = read_card(path).get("service") or {}
+    card = read_card(path)
+    service = card.get("service") or {}
     if not service.get("name"):
         raise SystemExit(f"{path}: expected a record that says what is served, found none; run torch2onnx.py")
-    return f"repository {service['precision']} {service['name']}"
+    return f"repository {service['precision']} {service['name']} {card['task']}"
 
 
 def read_package(path):
@@ -76,14 +78,18 @@ def read_package(path):
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="image | tensorrt | precisions | build | mount | source")
+    commands = parser.add_subparsers(
+        required=True, metavar="image | tensorrt | precisions | models | build | mount | source"
+    )
     for name, answer in (
         ("image", IMAGE),
         ("tensorrt", PINNED_TENSORRT),
         ("precisions", " ".join(SERVED)),
-        ("models", " ".join((REFERENCE, *SERVED))),
     ):
         commands.add_parser(name).set_defaults(run=lambda _, answer=answer: answer)
+    models = commands.add_parser("models", help="what a service of a task may be served in")
+    models.add_argument("task", choices=(*TASKS, *GENERATION, *ALIASES))
+    models.set_defaults(run=lambda args: " ".join(served_precisions(args.task)))
     build = commands.add_parser("build", help="how trtexec makes a plan: built_as, graph, folder, flags")
     build.add_argument("--precision", choices=SERVED, required=True)
     build.add_argument("--major", type=int, required=True, help="TensorRT's major version")

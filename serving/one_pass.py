@@ -22,9 +22,10 @@ from core.repository import graph_path, read_card, tokenizer_path
 from core.runner import packed_inputs
 from core.tables import CPU_PRECISIONS, HIDDEN_STATE, PACKED_FILE, PRECISIONS, REFERENCE
 from core.tokens import load_tokenizer
+from serving import generation
 from serving.configs import config_text, service_config
 from serving.repository import choose, write_file, write_service
-from tasks.table import OWN, TASKS
+from tasks.table import GENERATION, OWN
 
 
 def why_not(engine, precision):
@@ -61,9 +62,15 @@ def opener(settings, output):
 def write_one_pass(repository, output, precision, engine):
     """Write the folder; returns a line of what it is, or None where only the ensemble serves."""
     card = read_card(repository)
-    if card["task"] == OWN or card["task"] not in TASKS or HIDDEN_STATE in card["outputs"]:
+    if card["task"] == OWN or HIDDEN_STATE in card["outputs"]:
         return None
     service = card["service"]
+    if card["task"] in GENERATION:
+        if engine not in (None, "onnxruntime"):
+            raise SystemExit(f"--engine: expected onnxruntime for --task {card['task']}, found {engine}; leave it out")
+        with replace_folder_when_done(output) as temporary:
+            by = generation.write_one_pass(repository, card, temporary, precision)
+        return f"{service['name']}: one pass, {by}"
     chosen = service.get("cpu_engine"), service.get("cpu_precision")
     if chosen[0] and not (precision or engine) and (reason := why_not(*chosen)):
         print(

@@ -115,6 +115,21 @@ def test_the_table_of_plans_says_how_each_was_built(place):
     assert "FP16 | model_TRT_FP16/1/model.onnx | typed | 9 FP16 | 4 FP16 |" in block(written(place), "plans")
 
 
+# --- services ------------------------------------------------------------------------
+
+
+def test_a_service_that_generates_is_a_row_and_has_a_table_of_its_ways(place):
+    place.text.write_text(data.TEXT + "\n<!-- begin services -->\nold\n<!-- end services -->\n")
+    data.write_generation(place.results / "smollm2" / "a-cpu", data.generator())
+    text = block(written(place), "services")
+    assert "| tokens/s, batch 1 / 8 (to generate()) |" in text
+    assert "| 1.5e-06 | ONNX | 50.0 / 400.0 (2.00 / 2.00) |" in text and "smollm2 (pip package" in text
+    tables = (place.results / "smollm2" / "a-cpu" / "tables.md").read_text()
+    assert "| served, batch 8 | 400.0 (399.0 to 402.0) |  |  |" in tables
+    assert "| in process, batch 8 | 416.0 (415.0 to 418.0) | 0.96 | 8 of 8 |" in tables
+    assert report(place, "--check").returncode == 0
+
+
 # --- verdicts ------------------------------------------------------------------------
 
 
