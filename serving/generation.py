@@ -28,6 +28,7 @@ CODE = {  # file in the service's version folder -> where it comes from
     "model.py": ROOT / "serving" / "models" / "generation.py",
     "generation.py": ROOT / "core" / "generation.py",
     "prompts.py": ROOT / "core" / "prompts.py",
+    "texts.py": ROOT / "model_repository" / "tokenizer" / "1" / "texts.py",
 }
 RESULTS = {"GENERATED": "STRING", "TOKENS": "INT64", "FINISH_REASON": "STRING"}
 
@@ -95,7 +96,8 @@ def service_config(card, max_batch_size):
     for name, kind in RESULTS.items():
         config.output.add(name=name, data_type=configs.data_type(kind), dims=[1])
     config.model_transaction_policy.decoupled = True
-    config.dynamic_batching.SetInParent()
+    configs.add_batcher(config)
+    configs.add_limits(config, card["max_length"])
     config.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_CPU)
     return config
 

@@ -54,7 +54,7 @@ from tasks.examples import answers_of, examples
 from tasks.table import OWN, TASKS
 
 WARMUP_TEXT = "A real text, for the first run of each model."
-TOKENIZER_CODE = ROOT / "model_repository" / "tokenizer" / "1" / "model.py"
+TOKENIZER_CODE = ROOT / "model_repository" / "tokenizer" / "1"
 MODELS_CODE = ROOT / "serving" / "models"
 
 
@@ -120,7 +120,8 @@ def write_repository(repository, **service):
         if config.name in EMBEDDERS.values():
             for tensor, values in feeds.items():  # as Triton reads it
                 write_file(folder / "warmup" / tensor, np.ascontiguousarray(values[0], dtype="<i8").tobytes())
-    write_file(repository / "tokenizer/1/model.py", TOKENIZER_CODE.read_bytes())
+    for name in ("model.py", "texts.py"):
+        write_file(repository / "tokenizer/1" / name, (TOKENIZER_CODE / name).read_bytes())
     if task.answers:
         if task.windows:
             write_service(
@@ -149,6 +150,7 @@ def write_service(folder, card, tokenizer, settings):
     task = TASKS[card["task"]]
     for name in ("runner", "engines", "onnx_runtime"):
         write_file(folder / f"{name}.py", (ROOT / "core" / f"{name}.py").read_bytes())
+    write_file(folder / "texts.py", (TOKENIZER_CODE / "texts.py").read_bytes())
     facts = {"takes": task.takes, "also": task.also, "output": task.output, "per_token": task.per_token}
     write_answers(
         folder, card, tokenizer, "service.py", {"engine": "Triton", "inputs": card["inputs"]} | facts | settings
