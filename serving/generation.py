@@ -10,6 +10,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 from core.files import ROOT, replace_folder_when_done, replace_when_done, sha256, write_json
 from core.repository import (
     EXPORT,
+    HEALTH,
     RECORD,
     check_name,
     graph_properties,
@@ -149,6 +150,7 @@ def write_repository(repository, served=None, **service):
     write_json(version / "settings.json", settings)
     if served is not None:
         write_tokenizer(repository / name, served)
+    write_json(repository / HEALTH, {"model": name, "body": {"TEXT": "Hello", "max_new_tokens": 1}})
     write_json(repository / RECORD, card)
 
 
