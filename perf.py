@@ -234,7 +234,9 @@ def main():
     try:
         measure_all(args, record, models, unfinished, partial)
     except (KeyboardInterrupt, *SERVER_ERRORS) as error:
-        found = f"found: {error or 'an interruption'}; levels that were finished are in {partial}; the next run with"
+        found = (
+            f"found: {str(error) or 'an interruption'}; levels that were finished are in {partial}; the next run with"
+        )
         end = f"{args.url}: expected to measure every level, {found} the same settings takes them in; ./serve.sh status"
         raise SystemExit(end) from None
     if not path.exists() or not any("error" in row for row in record["rows"]):

@@ -51,12 +51,10 @@ def load_results(results):
         raise SystemExit(f"{results}: expected results of at least one model, found none; run ./run.sh")
     trained = [read_json(path, "run train_classifier.py again") for path in sorted(results.glob("*/*/training.json"))]
     trainings = {r["weights_sha256"]: r for r in trained if r.get("weights_sha256")}
-    slugs = [m["slug"] for m in models]
     for m in models:
         weights = "" if m["card"]["weights"] == "real" else f" ({m['card']['weights'].split(',')[0]} weights)"
         weights += " at dynamic length" if is_encoder(m) and not m["card"].get("fixed_length", True) else ""
-        machine = f" on {m['machine']}" if slugs.count(m["slug"]) > 1 else ""
-        m["title"] = f"{m['card']['name']}{weights}{machine}"
+        m["title"] = f"{m['card']['name']}{weights}"
         m["training"] = trainings.get(m["card"].get("weights_sha256"))
     return sorted(models, key=lambda m: m["card"]["weights"] != "real")
 

@@ -30,7 +30,7 @@ main() {
     return
   fi
   # a file's tests share a server, so a file stays in one process
-  "$BIN/python" -m pytest -ra --durations 25 -n 2 --dist loadfile
+  "$BIN/python" -m pytest -ra --durations 25 -n 2 --dist loadfile --no-loadscope-reorder
 }
 
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then main "$@"; fi

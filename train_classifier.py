@@ -36,6 +36,11 @@ def read_data(args):
         eval_texts, eval_labels = read_labelled(args.eval, args.text_column, args.label_column)
         known = values if set(eval_labels) <= set(values) else names
         return (texts, classes), (eval_texts, class_indices(args.eval, eval_labels, known)), names
+    if len(texts) < EVAL_EVERY:
+        raise SystemExit(
+            f"{args.data}: expected at least {EVAL_EVERY} texts, every {EVAL_EVERY}th of which is held out, found "
+            f"{len(texts)}; add texts, or name others with --eval"
+        )
     held_out = slice(EVAL_EVERY - 1, None, EVAL_EVERY)
     evaluation = texts[held_out], classes[held_out]
     del texts[held_out], classes[held_out]

@@ -11,17 +11,28 @@ HUBS = {"hub": "the Hugging Face hub", "clearml": "ClearML", "wandb": "Weights &
 KINDS = ("quality", "perf", "plans", "compile", "complexity", "sensitivity", "sts", "verdicts", "peers", "choice")
 
 
+def rank(model):
+    """Which measurements of a model tell most: those on a GPU, then the most, then the newest."""
+    dates = [model[kind]["environment"]["utc"] for kind in KINDS if model[kind]]
+    return bool(model["perf"] and md.on_gpu(model["perf"])), len(dates), max(dates)
+
+
+def best_of_each(models):
+    """Each model once, on the machine whose measurements tell most; the others have their own tables."""
+    ranked = sorted(models, key=rank)
+    best = {model["slug"]: model["folder"] for model in ranked}
+    return [model for model in models if model["folder"] == best[model["slug"]]]
+
+
 def model_of_record(models):
     """The encoder that the report is about: DistilBERT, with its own weights and on a GPU where it was so measured."""
 
-    def rank(model):
-        perf, card = model["perf"], model["card"]
-        dates = [model[kind]["environment"]["utc"] for kind in KINDS if model[kind]]
-        on_gpu = bool(perf and md.on_gpu(perf))
+    def standing(model):
+        card = model["card"]
         fixed = card.get("fixed_length", True)  # the task's own length
-        return (fixed, card["name"] == md.OF_RECORD, card["weights"] == "real", on_gpu, len(dates), max(dates))
+        return fixed, card["name"] == md.OF_RECORD, card["weights"] == "real", *rank(model)
 
-    return max(filter(md.is_encoder, models), key=rank, default=None)
+    return max(filter(md.is_encoder, models), key=standing, default=None)
 
 
 def record_line(model):
@@ -51,7 +62,10 @@ def executed(models):
     engines = sorted({e for s in servers for e in s.get("engines", {}).values()})
     versions = sorted({s["version"] for s in servers})
     cards = [m["card"] for m in models]
-    origins = dict.fromkeys(f"{c['name']} (weights: {c['weights']}; source: {c['source']})" for c in cards)
+    origins = {}  # models of one origin are named together
+    for card in cards:
+        origins.setdefault(f"(weights: {card['weights']}; source: {card['source']})", {})[card["name"]] = None
+    named = [f"{md.listing(names)} {origin}" for origin, names in origins.items()]
     sources = {c["source"] for c in cards} | {m["training"]["encoder"]["source"] for m in models if m["training"]}
     own = any(c["name"] == md.OF_RECORD and c["weights"] == "real" for c in cards)
     facts = {
@@ -63,7 +77,7 @@ def executed(models):
         **{f"a download from {name}": any(s.startswith(f"{p}:") for s in sources) for p, name in HUBS.items()},
     }
     return [
-        f"**What the authors executed.** The models are {md.listing(origins)}. What executed them was {md.listing(engines)}"
+        f"**What the authors executed.** The models are {md.listing(named)}. What executed them was {md.listing(engines)}"
         f"{f', behind a Triton server of version {md.listing(versions)}' if versions else ''}. Everything was measured on "
         f"{md.listing(sorted({md.machine_of(r['environment']) for r in records}))}.",
         f"**What the authors never executed:** {md.listing(what for what, found in facts.items() if not found)}.",

@@ -1,11 +1,12 @@
 """The marked blocks of report.md and README.md, and the tables of one model: which section stands where."""
 
 from reporting import complexity, findings, peers, quality, services, speed, verdicts
-from reporting.markdown import NOT_MEASURED, relative
+from reporting.markdown import DETAILS, NOT_MEASURED, listing, relative
 
 
 def blocks(models):
-    """{name: text} of every block."""
+    """{name: text} of every block; a model that several machines measured is shown on one."""
+    everywhere, models = models, findings.best_of_each(models)
     record = findings.model_of_record(models)
 
     def of_record(kind, alt, section):
@@ -15,9 +16,9 @@ def blocks(models):
         return [*section(record), f"![{alt}]({relative(record, f'{kind}.png')})"]
 
     parts = {
-        "executed": findings.executed(models),
+        "executed": findings.executed(everywhere),
         "findings": [findings.findings(models)],
-        "results": [findings.record_line(record), *findings.results(models)],
+        "results": [findings.record_line(record), *findings.results(models), *elsewhere(everywhere, models)],
         "embedders": of_record("perf", "Throughput and latency against concurrency", speed.performance),
         "deviations": [
             *of_record("quality", "Share of texts against relative L2 error", quality.deviations),
@@ -34,18 +35,32 @@ def blocks(models):
     return {name: "\n\n".join(part) for name, part in parts.items()}
 
 
+def elsewhere(everywhere, shown):
+    """Links to the measurements of other machines."""
+    links = [
+        f"[{m['title']} on {m['machine']}]({relative(m, DETAILS)})"
+        for m in everywhere
+        if m["folder"] not in [s["folder"] for s in shown]
+    ]
+    return [f"Other machines measured too: {listing(links)}."] if links else []
+
+
 def details(model):
     """tables.md of one model on one machine."""
     sections = {
         "quality": ("Deviations", quality.deviations),
         "sts": ("Last hidden state", lambda m: [quality.similarity([m])]),
         "perf": ("Every level", speed.details),
+        "verdicts": ("Verdicts", verdicts.details),
         "peers": ("Peers", peers.details),
         "choice": ("Engine and precision on this CPU", services.details),
         "complexity": ("Complexity", lambda m: complexity.summary(m) + complexity.details(m)),
         "sensitivity": ("Search for INT8", quality.search),
     }
-    parts = [f"# {model['title']}: every table", "Written by `report.py` from the files beside it."]
+    parts = [
+        f"# {model['title']} on {model['machine']}: every table",
+        "Written by `report.py` from the files beside it.",
+    ]
     for kind, (heading, section) in sections.items():
         parts += [f"## {heading}", *section(model)] if model[kind] else []
     return "\n\n".join([*parts, "## Plans", *quality.plans([model])]) + "\n"

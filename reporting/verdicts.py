@@ -29,6 +29,11 @@ def deploy(models):
     return parts or [f"Verdicts of a classifier: {NOT_MEASURED}."]
 
 
+def details(model):
+    """The same, and how good the verdicts are."""
+    return [*deploy([model])[:-1], quality_table(model["verdicts"])]
+
+
 def origin(model):
     """Where the classifier comes from, what it was asked, and what calibrated its INT8 graphs."""
     record, training = model["verdicts"], model["training"]
@@ -63,8 +68,8 @@ def rule(record):
 
 
 def agreement_table(record):
-    """How close each model's verdicts and logits are to torch's, and how good they are."""
-    close = table(
+    """How close each model's verdicts and logits are to torch's."""
+    return table(
         {
             "model": name,
             "executed by": row["engine"],
@@ -77,11 +82,14 @@ def agreement_table(record):
         for name, row in record["models"].items()
         if name != "torch"
     )
-    good = table(
+
+
+def quality_table(record):
+    """How good each model's verdicts are."""
+    return table(
         {"model": name} | {key: interval(row["quality"][key]) for key in ("accuracy", "precision", "recall")}
         for name, row in record["models"].items()
     )
-    return f"{close}\n\n{good}"
 
 
 def conclusion(record):

@@ -110,11 +110,13 @@ def test_measurements_of_two_exports_are_not_put_together(place):
     assert "| ONNX | ONNX Runtime, CPU | reference | reference | not measured |" in place.text.read_text()
 
 
-def test_two_machines_are_two_entries_with_their_own_tables(place):
+def test_of_two_machines_one_is_shown_and_the_other_has_its_own_tables(place):
     other = place.folder.with_name("b-gpu")
     data.write_quality(other, place.model, engines=data.GPU)
-    text = written(place)
-    assert "all-MiniLM-L6-v2 on a-cpu" in text and "all-MiniLM-L6-v2 on b-gpu" in text
+    text = block(written(place), "results")
+    assert text.count("**all-MiniLM-L6-v2**. A CPU") == 1
+    links = [f"[all-MiniLM-L6-v2 on {m}](results/all-MiniLM-L6-v2/{m}/tables.md)" in text for m in ("a-cpu", "b-gpu")]
+    assert sum(links) == 1
     assert all("## Deviations" in (folder / "tables.md").read_text() for folder in (place.folder, other))
 
 

@@ -68,6 +68,7 @@ GOOD = "text\tlabel\ngood\tyes\nbad\tno\n"
         (GOOD + "fine\t\n", (), ("expected a label in line 4",)),
         (GOOD + "fine\n", (), ("2 columns in line 4", "found 1")),
         (GOOD, ("--text-column", 1, "--label-column", 3), ("3 columns in line 1", "found 2")),
+        ("text\tlabel\na\tyes\nb\tno\n", (), ("at least 5 texts", "found 2", "--eval")),
         ("", (), ("an empty file",)),
         (GOOD, ("--label-names", "one"), ("--label-names", "2 different names")),
     ],

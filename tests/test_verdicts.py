@@ -106,8 +106,10 @@ def test_the_same_study_in_process_agrees(studied, service, tmp_path):
 
 def test_texts_stay_out_where_they_may_not_be_passed_on(reviews, studied, service, tmp_path):
     texts, _ = labelled.read_labelled(labelled.REVIEWS, "text", "label")
-    shown = [flip["text"] for row in record_of(service.results)["models"].values() for flip in row.get("flipped", ())]
-    assert set(shown) <= set(texts) and "flip TRT_INT8: " in studied.stdout
+    flipped = {name: row.get("flipped", ()) for name, row in record_of(service.results)["models"].items()}
+    assert {flip["text"] for flips in flipped.values() for flip in flips} <= set(texts)
+    # which texts flip depends on the CPU: with VNNI none may
+    assert all((f"flip {name}: " in studied.stdout) == bool(flips) for name, flips in flipped.items())
     assert study(reviews, "--no-texts", "--max-texts", 60, results=tmp_path).returncode == 0
     content = (folder_of(tmp_path) / "verdicts.json").read_text()
     assert not any(text in content for text in texts) and '"label":' not in content

@@ -1,6 +1,6 @@
 """What verdicts.py prints: the report's tables of a study, what its record has besides, and the flipped texts."""
 
-from reporting.verdicts import agreement_table, rule
+from reporting.verdicts import agreement_table, quality_table, rule
 
 PRINTED_FLIPS = 10  # per model; all are in verdicts.json
 
@@ -21,7 +21,7 @@ def print_study(record, flips):
     """Tables and flips on stdout; flips: {name: those of study.list_flips, with texts}."""
     positive, confidence = record["positive"], record["bootstrap"]["confidence"]
     print(f"{rule(record)} Intervals have {confidence:.0%}: exact for the agreement, by bootstrap for the others.\n")
-    print(f"{agreement_table(record)}\n")
+    print(f"{agreement_table(record)}\n\n{quality_table(record)}\n")
     for name, listed in flips.items():
         verdicts = record["model"]["labels"] if positive is None else [f"not {positive}", positive]
         print(*describe_model(name, record["models"][name], verdicts), sep="\n")
