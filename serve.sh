@@ -199,7 +199,7 @@ ready() {
 # What a killed server leaves: its models' processes, which are of its group, and their shared memory.
 clean_up() {
   local pid
-  if read -r pid _ 2>/dev/null <"$state/server.pid"; then pkill -KILL -g "$pid" -f triton_python_backend_stub || true; fi
+  if read -r pid _ 2>/dev/null <"$state/server.pid"; then pkill -KILL -g "$pid" -f "stub .* $regions" || true; fi
   rm -f "$state/server.pid" "/dev/shm/$regions"*
 }
 
