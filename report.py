@@ -2,7 +2,8 @@
 """Write what results/ holds into the marked blocks of report.md and README.md, and into tables of each model.
 
 Reads:  results/<slug>/<machine>/quality.json, quality.csv, perf.json, plans.json, compile.json, complexity.json,
-        sensitivity.json, sts.json; of a classifier verdicts.json, verdicts.csv, training.json.
+        sensitivity.json, sts.json; of a classifier verdicts.json, verdicts.csv, training.json; of a service that
+        generates generation.json.
 Writes: the text between <!-- begin NAME --> and <!-- end NAME --> in report.md and README.md; beside the data
         tables.md, every table of that model on that machine, and pictures.
 Run:    ./report.py
@@ -56,7 +57,16 @@ def load_results(results):
         weights += " at dynamic length" if is_encoder(m) and not m["card"].get("fixed_length", True) else ""
         m["title"] = f"{m['card']['name']}{weights}"
         m["training"] = trainings.get(m["card"].get("weights_sha256"))
+        m["padded"] = fixed_twin(m, models)
     return sorted(models, key=lambda m: m["card"]["weights"] != "real")
+
+
+def fixed_twin(model, models):
+    """Of an encoder at dynamic length: the same at fixed length on that machine; else None."""
+    if not is_encoder(model) or model["card"].get("fixed_length", True):
+        return None
+    twin = model["slug"].removesuffix("-dynamic"), model["machine"]
+    return next((m for m in models if (m["slug"], m["machine"]) == twin), None)
 
 
 def fill_blocks(path, texts):

@@ -21,6 +21,7 @@ from core.tables import EMBEDDERS
 
 PORTS = ("http", "grpc", "metrics")
 LINE = 300  # characters of a reason
+MODEL_BY_MODEL = "model by model"
 END_S = 45  # Triton waits for idle connections, and serve.sh for Triton
 
 
@@ -79,7 +80,10 @@ def start(system, facts, folder):
 def last_line(path):
     """What a log says of an end: the last line that names an exception, else the last that is not empty."""
     lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
-    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Fail)\b.*:", line)]
+    lines = [line for line in lines if "NVML" not in line]  # Triton says so wherever there is no GPU
+    named = [
+        m[0] for m in (re.search(r"(?<![\w.])[\w.]*(Error|Exception|Fail)\b[^\\]*:[^\\]*", line) for line in lines) if m
+    ]
     return (named or lines or ["nothing was said"])[-1][:LINE]
 
 
@@ -133,6 +137,17 @@ def triton_batches(system, server, service):
         counted = {m["name"]: (m["execution_count"], m["inference_count"]) for m in json.load(answer)["model_stats"]}
     graphs = [counted[name] for name in EMBEDDERS.values() if counted.get(name, (0, 0))[0]]
     return tuple(map(sum, zip(*graphs, strict=True))) if graphs else counted.get(service)
+
+
+def executed_by(system, server, service):
+    """What answers on a Triton server: "OpenVINO, BF16, packed, 2 cores" in one pass; {} on another server."""
+    if system.ask != "triton":
+        return {}
+    with urllib.request.urlopen(
+        f"http://127.0.0.1:{server.ports['http']}/v2/models/{service}/config", timeout=10
+    ) as answer:
+        parameters = json.load(answer).get("parameters", {})
+    return {"executed_by": parameters["one_pass"]["string_value"] if "one_pass" in parameters else MODEL_BY_MODEL}
 
 
 def session_of(pid):

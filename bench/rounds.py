@@ -57,12 +57,14 @@ def start(bench, systems, stack, key):
             own.callback(processes.end, server)
             request, answer = bench.requests[first.name][bench.surest], bench.expected[bench.surest]
             seconds = processes.wait_answer(first, server, bench.service, request, answer, bench.args.timeout_s)
-        except processes.NotMeasured as error:
+            facts = processes.executed_by(first, server, bench.service)
+        except (processes.NotMeasured, OSError) as error:
             bench.fail(first.command, str(error))
             return None
         stack.push(own.pop_all())
     for system in systems:
         bench.found[system.name].setdefault(key, []).append(seconds)
+        bench.found[system.name] |= facts
     return server
 
 

@@ -78,6 +78,7 @@ class System:
 
 
 SERVE = "{root}/serve.sh run --device cpu --http-port {http} --grpc-port {grpc} --metrics-port {metrics} --model-repository "
+OWN = SERVE + "{repository} --engine onnxruntime --precision ONNX"
 TORCH = {"OMP_NUM_THREADS": "{threads}", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 INFINITY = (
     "v2 --model-id %s --served-model-name classifier --host 127.0.0.1 --port {http} --device cpu --batch-size 32 "
@@ -88,8 +89,8 @@ UVICORN = (
 )
 
 SYSTEMS = (
-    System("project", PROJECT, SERVE + "{repository}", "triton", settings="FP32, as shipped"),
-    System("project, gRPC", PROJECT, SERVE + "{repository}", "triton", "grpc", settings="the same server"),
+    System("project", PROJECT, OWN, "triton", settings="FP32, whatever the repository's choice"),
+    System("project, gRPC", PROJECT, OWN, "triton", "grpc", settings="the same server"),
     System(
         "infinity, torch", PUBLISHED, "{bin}/infinity_emb " + INFINITY % "{model}" + "--engine torch --no-bettertransformer --no-compile",
         "infinity", requirements="infinity", environment=INFINITY_ENV,

@@ -43,6 +43,7 @@ def open_openvino(path, output, precision, threads, streams):
 
 
 ENGINES = {"onnxruntime": open_onnxruntime, "openvino": open_openvino}
+TITLES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 
 OPENVINO = "pip install -r serving/requirements-openvino.txt"
 

@@ -44,6 +44,12 @@ def generate(run, settings, prompts, wishes, take=lambda values, rows: values[ro
         rows = [rows[place] for place in kept]
 
 
+def in_process(sessions):
+    """run(model, feeds) as generate takes it, with ONNX Runtime sessions {model: session}."""
+    names = {model: [output.name for output in session.get_outputs()] for model, session in sessions.items()}
+    return lambda model, feeds: dict(zip(names[model], sessions[model].run(None, feeds), strict=True))
+
+
 def first_feeds(run, settings, prompts):
     """The decoder's first inputs: the prompts padded on the left, or what the encoder made of them."""
     size = max(map(len, prompts))

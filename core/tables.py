@@ -30,9 +30,10 @@ class Precision:
     on_cpu: bool  # whether ONNX Runtime's CPU kernels execute its graph
 
 
-# the gates are what keeps rankings of texts: FP32 may be TF32 on a GPU, as coarse as FP16; FP16: ten times what
-# MiniLM shows; INT8 and BEST: wider than the search's target, which holds on other texts
+# the gates are what keeps rankings of texts: FP32 may be TF32 on a GPU, as coarse as FP16; FP16 and BF16: ten
+# times what MiniLM shows; INT8 and BEST: wider than the search's target, which holds on other texts
 FLOAT_GATE = {"relative_l2_error": 0.01, "mean_cosine": 0.9999}
+BF16_GATE = {"relative_l2_error": 0.05, "mean_cosine": 0.998}  # three bits less than FP16
 INT8_TARGET = {"relative_l2_error": 0.10, "mean_cosine": 0.99}
 INT8_GATE = {"relative_l2_error": 0.12, "mean_cosine": 0.985}
 
@@ -50,6 +51,10 @@ PRECISIONS = {
         "convert_fp16", True, "reference", ("--fp16",), "FP16", Element(2, 2, 2, 2), "FP16", "FP16",
         None, FLOAT_GATE, "--", "^", True,
     ),
+    "BF16": Precision(  # no model of its own: OpenVINO computes in it what FP32's graph says
+        "convert_bf16", False, "typed", (), "BF16", Element(2, 2, 2, 2), "BF16", "BF16",
+        None, BF16_GATE, (0, (3, 1, 1, 1)), "X", False,
+    ),
     "INT8": Precision(  # FP32 around the Q/DQ pairs: it shows the arithmetic
         "insert_int8", True, "typed", ("--int8",), "INT8", Element(1, 1, 4, 4), "INT8", "FP32",
         INT8_TARGET, INT8_GATE, "-.", "D", True,
@@ -60,6 +65,7 @@ PRECISIONS = {
     ),
 }  # fmt: skip
 SERVED = tuple(name for name, row in PRECISIONS.items() if row.served)
+CPU_PRECISIONS = (*SERVED, "BF16")  # of a service on a CPU
 REFERENCE = "ONNX"
 REFERENCE_LINE, REFERENCE_MARKER = (0, (5, 1)), "o"
 

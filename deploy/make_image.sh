@@ -7,7 +7,8 @@
 #   --task T               of a checkpoint (default: classification)
 #   --name N               of the service and of the build context (default: MODEL's own)
 #   --tag T                of the image (default: <name>:<precision>)
-#   --precision P          ONNX, FP32, FP16, INT8 or BEST (default: ONNX, or the package's)
+#   --precision P          ONNX, FP32, FP16, INT8 or BEST; ONNX or FP16 of a task that generates
+#                          (default: ONNX, or the package's)
 #   --max-batch-size B     texts in one request (default: 8, or the repository's)
 #   --gpu                  for a GPU: serve the TensorRT plan where there is one
 #   --dry-run              print the commands and run nothing
@@ -59,9 +60,6 @@ parse_args() {
     shift
   done
   find_python
-  local known
-  known=$("${module[@]}" serving.ask models)
-  [[ -z $precision || " $known " == *" $precision "* ]] || fail "--precision: expected one of $known, found '$precision'" 2
   [[ ${batch[1]-1} =~ ^[1-9][0-9]*$ ]] || fail "--max-batch-size: expected a number from 1, found '${batch[1]}'" 2
 }
 
@@ -76,11 +74,13 @@ run() {
 
 # Sets kind (package, repository or checkpoint), name, precision and tag.
 read_model() {
-  local own_name own_precision source
+  local own_name own_precision own_task source known
   [ ! -e "$model" ] || model=$(realpath "$model")
   source=$("${module[@]}" serving.ask source "$model") || exit 1
-  read -r kind own_precision own_name <<<"$source"
-  name=${name:-$own_name} precision=${precision:-$own_precision}
+  read -r kind own_precision own_name own_task <<<"$source"
+  name=${name:-$own_name} precision=${precision:-$own_precision} task=${own_task:-$task}
+  known=$("${module[@]}" serving.ask models "$task") || exit 2
+  [[ " $known " == *" $precision "* ]] || fail "--precision: expected one of $known for --task $task, found '$precision'" 2
   check_name
   tag=${tag:-${name,,}:${precision,,}}
   [[ $tag =~ ^[a-z0-9][a-z0-9._/-]*(:[A-Za-z0-9_][A-Za-z0-9_.-]*)?$ ]] || fail "--tag: expected an image's name such as reviews:1, found '$tag'" 2
@@ -104,6 +104,7 @@ find_repository() {
     run rm -rf "$context/package"
     run mkdir -p "$context/package"
     run tar -xzf "$model" -C "$context/package" --strip-components=1
+    run "${module[@]}" serving.ask manifest "$context/package"
     repository=$context/package/model_repository
   elif [ "$kind" = checkpoint ]; then
     # not build/<name>: that may be the checkpoint, or a repository with graphs that are still wanted
@@ -127,7 +128,7 @@ write_context() {
     --name "$name" --engine "$engine" "${batch[@]}" --output "$context/model_repository"
   # the server is another user than the one who builds
   run chmod -R a+rX,go-w "$context/model_repository"
-  run cp "$ROOT/deploy/Dockerfile" "$ROOT/deploy/.dockerignore" "$context"
+  run cp "$ROOT/deploy/Dockerfile" "$ROOT/deploy/.dockerignore" "$ROOT/serving/health.py" "$context"
 }
 
 # Remove the images whose ids come in; by id: a tag may by now be another's image.

@@ -11,7 +11,7 @@ from core.onnx_runtime import open_session
 from core.repository import graph_tensors, read_graph
 from core.tables import FLOAT_GATE
 from core.tokens import load_tokenizer
-from precision.makers import lower_to_fp16
+from precision.makers import lower
 from serving.generation import graph_paths
 
 STEPS, TEXTS = 4, 8  # tokens and texts of which the values show what leaves FP16's range
@@ -28,7 +28,7 @@ def write_fp16(repository, card, texts):
     notes = {"precision": "FP16", "reference_sha256": card["reference_sha256"]}
     with contextlib.ExitStack() as stack:
         for graph, reference in references.items():
-            made = lower_to_fp16(reference, [feeds for feeds, _ in samples[graph]])
+            made = lower(reference, [feeds for feeds, _ in samples[graph]], "fp16")
             # ModelOpt notes shapes of a half of a head as those of the whole, and ONNX Runtime trusts them
             del made.graph.value_info[:]
             check_graph(targets[graph], made, reference, samples[graph])

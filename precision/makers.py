@@ -36,7 +36,7 @@ def link_reference(reference, learnt):
     return reference
 
 
-# --- FP16 ----------------------------------------------------------------------------
+# --- FP16, BF16 ----------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -56,11 +56,20 @@ def quiet_modelopt():
 
 def convert_fp16(reference, learnt):
     """FP16, but for what leaves its range on real texts."""
-    return lower_to_fp16(reference, [{name: values[:RANGE_TEXTS] for name, values in learnt.calibration.items()}])
+    return lower(reference, first_texts(learnt), "fp16")
 
 
-def lower_to_fp16(reference, samples):
-    """FP16, but for what leaves its range on the samples, each a dict of the graph's inputs."""
+def convert_bf16(reference, learnt):
+    """BF16, whose range is FP32's."""
+    return lower(reference, first_texts(learnt), "bf16")
+
+
+def first_texts(learnt):
+    return [{name: values[:RANGE_TEXTS] for name, values in learnt.calibration.items()}]
+
+
+def lower(reference, samples, low_precision):
+    """FP16 or BF16, but for what leaves its range on the samples, each a dict of the graph's inputs."""
     with tempfile.TemporaryDirectory() as folder, quiet_modelopt() as autocast:
         source, texts = Path(folder) / "model.onnx", Path(folder) / "calibration"  # ModelOpt reads files
         onnx.save(reference, source)
@@ -69,7 +78,7 @@ def lower_to_fp16(reference, samples):
             np.savez(texts / f"{number}.npz", **sample)
         return autocast.convert_to_mixed_precision(
             str(source),
-            low_precision_type="fp16",
+            low_precision_type=low_precision,
             keep_io_types=True,  # what the graph returns stays float32
             calibration_data=str(texts),
         )
@@ -126,5 +135,6 @@ def emulate_tf32(reference, learnt=None):
 
 
 MAKERS = {
-    maker.__name__: maker for maker in (link_reference, emulate_tf32, convert_fp16, insert_int8, insert_int8_fp16)
+    maker.__name__: maker
+    for maker in (link_reference, emulate_tf32, convert_fp16, convert_bf16, insert_int8, insert_int8_fp16)
 }

@@ -4,11 +4,12 @@ from core.tables import EMBEDDERS, REFERENCE, TRITON_TENSORRT
 from reporting import markdown as md
 from reporting.complexity import least_us, precisions_of
 from reporting.quality import EMULATED, averages, deviation
-from reporting.speed import levels, noise_factor, noise_line, tail
+from reporting.speed import levels, noise_factor, noise_line, padding_line, tail
 from reporting.verdicts import deployable
 
 HUBS = {"hub": "the Hugging Face hub", "clearml": "ClearML", "wandb": "Weights & Biases", "mlflow": "MLflow"}
-KINDS = ("quality", "perf", "plans", "compile", "complexity", "sensitivity", "sts", "verdicts", "peers", "choice")
+KINDS = ("quality", "perf", "plans", "compile", "complexity", "sensitivity", "sts", "verdicts")
+KINDS += ("peers", "choice", "length", "limits", "generation")
 
 
 def rank(model):
@@ -211,13 +212,14 @@ def result_table(model):
     return [f"**{model['title']}**. {' | '.join(captions)}.", md.table(result_row(model, key, high) for key in keys)]
 
 
-def results(models):
-    """A table of every encoder, with its noise; the model of record first."""
+def results(models, everything):
+    """A table of every encoder, with its noise; the model of record first. everything: also those at dynamic length."""
     record, parts = model_of_record(models), []
     for model in sorted(filter(md.is_encoder, models), key=lambda m: m is not record):
         parts += result_table(model)
         if model["perf"]:
             parts.append(noise_line(model["perf"]))
+        parts += [padding_line(m) for m in everything if m["padded"] is model]
         parts.append(f"All its tables: [{md.DETAILS}]({md.relative(model, md.DETAILS)}).")
     return parts or [f"Results of an encoder: {md.NOT_MEASURED}."]
 

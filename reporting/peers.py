@@ -137,10 +137,11 @@ def section(model):
         f"request; {settings['rounds']} rounds, {windows}. A ratio is to the project's window of the same round: the median, "
         f"and the lowest and the highest. Every system's figures: [{DETAILS}]({relative(model, DETAILS)})."
     )
+    by_parts = [f"{s['name']} ÷" for s in record["systems"] if s.get("executed_by") == "model by model"]
     missing = [f"{s['name']} ({s['error']})" for s in record["systems"] if "error" in s]
     return [
         lead,
-        table(row for row in comparisons(record) if "gRPC" not in row[""] and "p99" not in row[""]),
+        table(row for row in comparisons(record) if not any(word in row[""] for word in ("gRPC", "p99", *by_parts))),
         *([f"Not measured, or not to the end: {'; '.join(missing)}."] if missing else []),
         *sentences(record),
         f"![Throughput as a multiple of the project's]({relative(model, 'peers.png')})",
@@ -153,7 +154,7 @@ def details(model):
         {
             "system": s["name"],
             "versions": ", ".join(f"{name} {version}" for name, version in s["versions"].items()),
-            "settings": s["settings"],
+            "settings": "; ".join(filter(None, (s["settings"], s.get("executed_by")))),
             "cores used idle": number(s.get("idle_cpu_cores"), ".2f"),
         }
         for s in model["peers"]["systems"]

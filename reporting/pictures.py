@@ -13,6 +13,7 @@ from PIL import Image
 
 from core.files import replace_when_done
 from core.tables import MODELS, PRECISIONS, REFERENCE, REFERENCE_LINE, REFERENCE_MARKER
+from reporting.length import growth
 from reporting.speed import FIGURES, levels
 
 # readable in black and white
@@ -171,6 +172,24 @@ def draw_peers(model):
     return figure
 
 
+def draw_length(model):
+    """Time and FLOPs of a text against its length, as multiples of those of the shortest."""
+    record = model["length"]
+    tokens, times, flops = zip(*growth(record), strict=True)
+    ends = [
+        [row["seconds"][end] / record["rows"][0]["seconds"]["median"] for row in record["rows"]]
+        for end in ("min", "max")
+    ]
+    figure, axes = plt.subplots(figsize=(7.5, 4))
+    axes.vlines(tokens, *ends, color="0.4")
+    axes.plot(tokens, times, "o-", label="time: median of the rounds, with the fastest and the slowest")
+    axes.plot(tokens, flops, "s--", label="FLOPs")
+    axes.set(xlabel="tokens of a text", ylabel=f"multiple of that of {tokens[0]} tokens", ylim=(0, None))
+    axes.set(title=f"{model['title']}; {record['executed_by']}; {record['environment']['cpu']}")
+    axes.legend()
+    return figure
+
+
 # kind of measurement -> (how its picture is drawn, the file its data is in)
 PICTURES = {
     "quality": (draw_deviations, "quality.csv"),
@@ -178,6 +197,7 @@ PICTURES = {
     "complexity": (draw_roofline, "complexity.json"),
     "sensitivity": (draw_sensitivity, "sensitivity.json"),
     "peers": (draw_peers, "peers.json"),
+    "length": (draw_length, "length.json"),
     "verdicts": (draw_verdicts, "verdicts.json"),  # which holds the digest of verdicts.csv
 }
 

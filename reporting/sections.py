@@ -1,12 +1,13 @@
 """The marked blocks of report.md and README.md, and the tables of one model: which section stands where."""
 
-from reporting import complexity, findings, peers, quality, services, speed, verdicts
+from reporting import complexity, findings, length, peers, quality, services, speed, targets, verdicts
 from reporting.markdown import DETAILS, NOT_MEASURED, listing, relative
 
 
 def blocks(models):
     """{name: text} of every block; a model that several machines measured is shown on one."""
-    everywhere, models = models, findings.best_of_each(models)
+    everything = models
+    models = findings.best_of_each([m for m in models if not m["padded"]])  # at dynamic length: tables of its own
     record = findings.model_of_record(models)
 
     def of_record(kind, alt, section):
@@ -16,9 +17,13 @@ def blocks(models):
         return [*section(record), f"![{alt}]({relative(record, f'{kind}.png')})"]
 
     parts = {
-        "executed": findings.executed(everywhere),
+        "executed": findings.executed(everything),
         "findings": [findings.findings(models)],
-        "results": [findings.record_line(record), *findings.results(models), *elsewhere(everywhere, models)],
+        "results": [
+            findings.record_line(record),
+            *findings.results(models, everything),
+            *elsewhere(everything, models),
+        ],
         "embedders": of_record("perf", "Throughput and latency against concurrency", speed.performance),
         "deviations": [
             *of_record("quality", "Share of texts against relative L2 error", quality.deviations),
@@ -35,32 +40,36 @@ def blocks(models):
     return {name: "\n\n".join(part) for name, part in parts.items()}
 
 
-def elsewhere(everywhere, shown):
+def elsewhere(everything, shown):
     """Links to the measurements of other machines."""
     links = [
         f"[{m['title']} on {m['machine']}]({relative(m, DETAILS)})"
-        for m in everywhere
-        if m["folder"] not in [s["folder"] for s in shown]
+        for m in everything
+        if m["folder"] not in [s["folder"] for s in shown] and not m["padded"]
     ]
     return [f"Other machines measured too: {listing(links)}."] if links else []
 
 
 def details(model):
     """tables.md of one model on one machine."""
-    sections = {
-        "quality": ("Deviations", quality.deviations),
-        "sts": ("Last hidden state", lambda m: [quality.similarity([m])]),
-        "perf": ("Every level", speed.details),
-        "verdicts": ("Verdicts", verdicts.details),
-        "peers": ("Peers", peers.details),
-        "choice": ("Engine and precision on this CPU", services.details),
-        "complexity": ("Complexity", lambda m: complexity.summary(m) + complexity.details(m)),
-        "sensitivity": ("Search for INT8", quality.search),
-    }
+    sections = (
+        ("quality", "Deviations", quality.deviations),
+        ("sts", "Last hidden state", lambda m: [quality.similarity([m])]),
+        ("perf", "Every level", speed.details),
+        ("peers", "Targets", targets.details),
+        ("verdicts", "Verdicts", verdicts.details),
+        ("peers", "Peers", peers.details),
+        ("limits", "Limits", targets.limits),
+        ("choice", "Engine and precision on this CPU", services.details),
+        ("generation", "Generated tokens", services.generation),
+        ("length", "Cost over length", length.details),
+        ("complexity", "Complexity", lambda m: complexity.summary(m) + complexity.details(m)),
+        ("sensitivity", "Search for INT8", quality.search),
+    )
     parts = [
         f"# {model['title']} on {model['machine']}: every table",
         "Written by `report.py` from the files beside it.",
     ]
-    for kind, (heading, section) in sections.items():
+    for kind, heading, section in sections:
         parts += [f"## {heading}", *section(model)] if model[kind] else []
     return "\n\n".join([*parts, "## Plans", *quality.plans([model])]) + "\n"

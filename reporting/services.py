@@ -15,6 +15,8 @@ def origin(card):
 def row(model):
     """One service: its task, model, error to torch, and speed."""
     card, perf = model["card"], model["perf"]
+    if model["generation"]:
+        return generation_row(card, model["generation"])
     found = levels(perf)
     high = max((c for m, c in found if m == SERVICE), default=8)
     alone, loaded = (found.get((SERVICE, c)) for c in (1, high))
@@ -25,6 +27,42 @@ def row(model):
         "precision served": card["service"]["precision"],
         "p50 ms, concurrency 1": f"{alone['latency_p50_ms']:.1f}" if alone else NOT_MEASURED,
         f"answers/s, concurrency {high}": f"{loaded['throughput_infer_per_s']:.1f}" if loaded else NOT_MEASURED,
+    }
+
+
+def generation_row(card, record):
+    """One service that generates: tokens per second, and that as a multiple of transformers' generate()."""
+    speeds = {row["batch"]: row["tokens_per_s"]["served"] for row in record["rows"]}
+    ratios = [f"{row['served_to']['generate()']:.2f}" for row in record["rows"] if "generate()" in row["served_to"]]
+    heading = f"tokens/s, batch {' / '.join(map(str, speeds))} (to generate())"
+    return {
+        "task": card["task"],
+        "model": origin(card),
+        "largest error to torch": f"{card['max_error_to_torch']:.1e}",
+        "precision served": card["service"]["precision"],
+        heading: f"{' / '.join(f'{speed:.1f}' for speed in speeds.values())} ({' / '.join(ratios) or NOT_MEASURED})",
+    }
+
+
+def generation(model):
+    """Every way to generate that was measured, at each batch."""
+    record = model["generation"]
+    lead = (
+        f"As many as {record['max_new_tokens']} tokens for each of the first texts of {record['texts']}: over the server, by "
+        "the same loop with the same graphs in one process, and by transformers' generate() in torch. The median of the "
+        f"rounds, and the slowest and the fastest of them. {caption(record)}."
+    )
+    return [lead, table(generation_level(row, way) for row in record["rows"] for way in row["tokens_per_s"])]
+
+
+def generation_level(row, way):
+    """One way at one batch, beside what was served."""
+    rounds, equal = row["rounds_tokens_per_s"][way], row["equal_answers"].get(way)
+    return {
+        "way": f"{way}, batch {row['batch']}",
+        "tokens/s": f"{row['tokens_per_s'][way]:.1f} ({min(rounds):.1f} to {max(rounds):.1f})",
+        "served, as a multiple": f"{row['served_to'][way]:.2f}" if way in row["served_to"] else "",
+        "answers equal to those served": "" if equal is None else f"{equal} of {row['batch']}",
     }
 
 
@@ -62,9 +100,9 @@ def details(model):
 
 def services(models):
     """A table of every service that was measured, and on what."""
-    shown = [m for m in models if not is_encoder(m) and m["perf"]]
+    shown = [m for m in models if not is_encoder(m) and (m["perf"] or m["generation"])]
     if not shown:
         return [f"Services of other tasks: {NOT_MEASURED}."]
-    captions = listing(dict.fromkeys(caption(m["perf"]) for m in shown))
+    captions = listing(dict.fromkeys(caption(m["perf"] or m["generation"]) for m in shown))
     lead = f"Texts go in and answers come out, over the server. {captions}."
     return [table(map(row, shown)), lead, *chosen(models)]

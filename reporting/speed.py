@@ -1,7 +1,7 @@
 """Sections on speed: the noise, throughput and latency of every model alone, and each level in full."""
 
 from core.tables import EMBEDDERS, REFERENCE
-from reporting.markdown import NOT_MEASURED, caption, listing, number, on_gpu, table
+from reporting.markdown import DETAILS, NOT_MEASURED, caption, listing, number, on_gpu, relative, table
 
 REPLICATE = "TRT_FP32"  # on a CPU it is the same file as ONNX, measured once more
 FIGURES = {"throughput": "throughput_infer_per_s", "p50": "latency_p50_ms", "p99": "latency_p99_ms"}
@@ -99,6 +99,56 @@ def performance(model):
     ]
 
 
+def best_line(perf):
+    """Why BEST is slow on a CPU, where it is; tests/test_makers.py counts the kernels."""
+    found = levels(perf)
+    ratios = [
+        found["TRT_BEST", c][FIGURES["throughput"]] / found[REFERENCE, c][FIGURES["throughput"]]
+        for m, c in found
+        if m == "TRT_BEST" and (REFERENCE, c) in found
+    ]
+    if on_gpu(perf) or not ratios or max(ratios) * noise_factor(perf) >= 1:
+        return []
+    return [
+        f"TRT_BEST reaches {min(ratios):.2f} to {max(ratios):.2f} of {REFERENCE}'s throughput here: ONNX Runtime's CPU has no kernel "
+        "that multiplies 8-bit operands between Q/DQ pairs in FP16, so every run dequantizes all weights anew and multiplies "
+        "in floating point between casts. It is made for TensorRT; on a CPU nobody should serve it."
+    ]
+
+
+# --- what padding costs --------------------------------------------------------------
+
+
+def padding_ratios(model):
+    """{(model, concurrency): throughput at dynamic length as a multiple of that at fixed length}."""
+    own, fixed = levels(model["perf"]), levels(model["padded"] and model["padded"]["perf"])
+    return {at: own[at][FIGURES["throughput"]] / fixed[at][FIGURES["throughput"]] for at in own if at in fixed}
+
+
+def padding_table(model):
+    """What padding costs, a row per model that was measured at both lengths; [] without any."""
+    if not (ratios := padding_ratios(model)):
+        return []
+    length = model["padded"]["card"]["max_length"]
+    lead = f"Throughput as a multiple of that of {model['padded']['title']}, where every text is padded to {length} tokens."
+    names, concurrencies = dict.fromkeys(m for m, _ in ratios), sorted({c for _, c in ratios})
+    rows = (
+        {"model": m} | {f"concurrency {c}": number(ratios.get((m, c)), ".2f") for c in concurrencies} for m in names
+    )
+    return [f"{lead} {caption(model['padded']['perf'])}.", table(rows)]
+
+
+def padding_line(model):
+    """The same in a sentence: the embedders' ratios over all levels."""
+    ratios = [ratio for (name, _), ratio in padding_ratios(model).items() if name in EMBEDDERS]
+    if not ratios:
+        return f"At dynamic length: {NOT_MEASURED}."
+    return (
+        f"At dynamic length, without padding, its embedders' throughput is {min(ratios):.2f} to {max(ratios):.2f} times as high "
+        f"([table]({relative(model, DETAILS)}))."
+    )
+
+
 def level_cells(model, concurrency, row):
     """One level: the client's latencies, the server's split, what the server used."""
     cells = {"model": model, "concurrency": concurrency, "infer/s": row.get("error")}
@@ -123,4 +173,4 @@ def details(model):
     perf = model["perf"]
     found = {(r["model"], r["concurrency"]): r for r in perf["rows"]}
     rows = (level_cells(m, c, found.get((m, c), {"error": NOT_MEASURED})) for m, c in perf["planned"])
-    return [how_measured(perf), noise_line(perf), table(rows)]
+    return [how_measured(perf), noise_line(perf), table(rows), *best_line(perf), *padding_table(model)]

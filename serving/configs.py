@@ -159,9 +159,14 @@ def service_config(name, card, max_batch_size, one_pass=None):
     add_limits(config, card["max_length"])
     config.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_CPU)
     if one_pass:
-        config.parameters["one_pass"].string_value = one_pass
-        config.parameters["reference_sha256"].string_value = card["reference_sha256"]
+        note_one_pass(config, card, one_pass)
     return config
+
+
+def note_one_pass(config, card, one_pass):
+    """What executes a service's graphs in its own process, and of which export they are."""
+    config.parameters["one_pass"].string_value = one_pass
+    config.parameters["reference_sha256"].string_value = card["reference_sha256"]
 
 
 def graph_config(name, key, card, max_batch_size):

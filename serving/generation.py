@@ -1,6 +1,7 @@
 """The repository of a service that generates: its graphs' configs, the service itself, and their check."""
 
 import importlib.util
+import os
 import shutil
 from pathlib import Path
 
@@ -21,9 +22,8 @@ from core.repository import (
 from core.tables import ATTENTION_MASK, CROSS, INPUT_IDS, LOGITS, PAST, PRESENT, REFERENCE
 from core.tokens import load_tokenizer
 from serving import configs
-from tasks.table import GENERATION
+from tasks.table import GENERATION, GENERATION_PRECISIONS
 
-PRECISIONS = (REFERENCE, "FP16")
 SETTINGS = ("chat_template", "special_tokens", "max_length", "max_new_tokens")  # of the record, that a service reads
 CODE = {  # file in the service's version folder -> where it comes from
     "model.py": ROOT / "serving" / "models" / "generation.py",
@@ -51,15 +51,17 @@ def graph_paths(repository, card, precision=REFERENCE):
 
 def present(repository, card):
     """Precisions whose graphs are all there."""
-    return [p for p in PRECISIONS if all(path.is_file() for path in graph_paths(repository, card, p).values())]
+    return [
+        p for p in GENERATION_PRECISIONS if all(path.is_file() for path in graph_paths(repository, card, p).values())
+    ]
 
 
 def known_precision(precision):
-    """One of PRECISIONS; FP32 is what the export made."""
+    """One of GENERATION_PRECISIONS; FP32 is what the export made."""
     precision = REFERENCE if precision == "FP32" else precision
-    if precision not in PRECISIONS:
+    if precision not in GENERATION_PRECISIONS:
         raise SystemExit(
-            f"--precision: expected {', '.join(PRECISIONS)} of a service that generates, found {precision}; choose another"
+            f"--precision: expected {', '.join(GENERATION_PRECISIONS)} of a service that generates, found {precision}; choose another"
         )
     return precision
 
@@ -139,19 +141,41 @@ def write_repository(repository, served=None, **service):
     if before.get("name") not in (None, name) and (repository / before["name"]).is_dir():
         shutil.rmtree(repository / name, ignore_errors=True)
         (repository / before["name"]).rename(repository / name)
-    version = repository / name / "1"
-    version.mkdir(parents=True, exist_ok=True)
     for config in expected_configs(repository, card):
         write_text(repository / config.name / "config.pbtxt", configs.config_text(config))
-    for file, source in CODE.items():
-        write_text(version / file, source.read_text(encoding="utf-8"))
     models = {graph: graph_folder(graph, precision) for graph in GENERATION[card["task"]].graphs}
-    settings = card["generation"] | {key: card[key] for key in SETTINGS} | {"models": models}
-    write_json(version / "settings.json", settings)
+    write_service(repository / name / "1", card, CODE, {"models": models})
     if served is not None:
         write_tokenizer(repository / name, served)
     write_json(repository / HEALTH, {"model": name, "body": {"TEXT": "Hello", "max_new_tokens": 1}})
     write_json(repository / RECORD, card)
+
+
+def write_service(version, card, code, settings):
+    """The service's folder: code, {file: where it comes from}, and settings.json with the settings besides."""
+    version.mkdir(parents=True, exist_ok=True)
+    for file, source in code.items():
+        write_text(version / file, source.read_text(encoding="utf-8"))
+    settings = card["generation"] | {key: card[key] for key in SETTINGS} | settings
+    write_json(version / "settings.json", settings)
+
+
+def write_one_pass(repository, card, output, precision):
+    """What a CPU serves: the service alone, which runs the graphs in its own process. Returns what executes them."""
+    service = card["service"]
+    precision = known_precision(precision or service["precision"])
+    if precision not in present(repository, card):
+        raise SystemExit(f"{repository}: expected the graphs of --precision {precision}, found none; run quantize.py")
+    graphs = {graph: str(path.resolve()) for graph, path in graph_paths(repository, card, precision).items()}
+    folder = output / service["name"]
+    settings = {"home": str((repository / service["name"]).resolve()), "graphs": graphs}
+    code = CODE | {"onnx_runtime.py": ROOT / "core" / "onnx_runtime.py"}
+    write_service(folder / "1", card, code, settings)
+    config = service_config(card, service["max_batch_size"])
+    by = f"ONNX Runtime, {'FP32' if precision == REFERENCE else precision}, {len(os.sched_getaffinity(0))} cores"
+    configs.note_one_pass(config, card, by)
+    write_text(folder / "config.pbtxt", configs.config_text(config))
+    return by
 
 
 def write_text(path, content):
@@ -168,7 +192,9 @@ def graphs_sha256(paths):
 def extract(source, target, precision, **service):
     """A repository with the graphs of one precision alone, in `target`."""
     card, precision = read_card(source), known_precision(precision)
-    unwanted = [graph_folder(g, p) for p in PRECISIONS if p != precision for g in GENERATION[card["task"]].graphs]
+    unwanted = [
+        graph_folder(g, p) for p in GENERATION_PRECISIONS if p != precision for g in GENERATION[card["task"]].graphs
+    ]
     with replace_folder_when_done(target) as temporary:
         shutil.copytree(source, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__", *unwanted))
         write_repository(temporary, precision=precision, **service)

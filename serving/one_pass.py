@@ -16,23 +16,31 @@ import sys
 from pathlib import Path
 
 from core.arguments import make_parser
-from core.engines import ENGINES, why_missing
+from core.engines import ENGINES, TITLES, has_bf16, why_missing
 from core.files import replace_folder_when_done
 from core.repository import graph_path, read_card, tokenizer_path
 from core.runner import packed_inputs
-from core.tables import HIDDEN_STATE, PACKED_FILE, REFERENCE, SERVED
+from core.tables import CPU_PRECISIONS, HIDDEN_STATE, PACKED_FILE, PRECISIONS, REFERENCE
 from core.tokens import load_tokenizer
+from serving import generation
 from serving.configs import config_text, service_config
 from serving.repository import choose, write_file, write_service
-from tasks.table import OWN, TASKS
+from tasks.table import GENERATION, OWN
 
-TITLES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+
+def why_not(engine, precision):
+    """Why this machine cannot serve with an engine and precision, in words; "" where it can."""
+    if precision != REFERENCE and engine == "onnxruntime" and not PRECISIONS[precision].on_cpu:
+        return f"expected an engine that computes in {precision}, found none of ONNX Runtime's kernels; take openvino"
+    if precision == "BF16" and not has_bf16():
+        return "expected a CPU with instructions for BF16, found one without: OpenVINO would compute FP32; take FP32"
+    return why_missing(engine)
 
 
 def graph_settings(repository, card, precision, engine):
     """What opens the graph of a precision: the packed one where there is one. BF16 is made of FP32's by the engine."""
-    if reason := why_missing(engine):
-        raise SystemExit(f"--engine {engine}: {reason}")
+    if reason := why_not(engine, precision):
+        raise SystemExit(f"--engine {engine} --precision {precision}: {reason}")
     packed, path = card.get("packed"), graph_path(repository, REFERENCE).with_name(PACKED_FILE)
     if not packed or precision not in (REFERENCE, "FP32", "BF16"):
         packed, path = None, graph_path(repository, choose(repository, REFERENCE if precision == "BF16" else precision))
@@ -54,11 +62,24 @@ def opener(settings, output):
 def write_one_pass(repository, output, precision, engine):
     """Write the folder; returns a line of what it is, or None where only the ensemble serves."""
     card = read_card(repository)
-    if card["task"] == OWN or card["task"] not in TASKS or HIDDEN_STATE in card["outputs"]:
+    if card["task"] == OWN or HIDDEN_STATE in card["outputs"]:
         return None
     service = card["service"]
-    precision = precision or service.get("cpu_precision") or service["precision"]
-    engine = engine or service.get("cpu_engine") or "onnxruntime"
+    if card["task"] in GENERATION:
+        if engine not in (None, "onnxruntime"):
+            raise SystemExit(f"--engine: expected onnxruntime for --task {card['task']}, found {engine}; leave it out")
+        with replace_folder_when_done(output) as temporary:
+            by = generation.write_one_pass(repository, card, temporary, precision)
+        return f"{service['name']}: one pass, {by}"
+    chosen = service.get("cpu_engine"), service.get("cpu_precision")
+    if chosen[0] and not (precision or engine) and (reason := why_not(*chosen)):
+        print(
+            f"{service['name']}: chosen was {', '.join(chosen)}: {reason}; choose again: verdict.choose",
+            file=sys.stderr,
+        )
+        chosen = None, None
+    precision = precision or chosen[1] or service["precision"]
+    engine = engine or chosen[0] or "onnxruntime"
     settings = graph_settings(repository, card, precision, engine)
     settings["tokenizer"] = str(tokenizer_path(repository).parent.resolve())
     form = "padded" if settings["position_offset"] is None else "packed"
@@ -75,7 +96,7 @@ def parse_args():
     parser = make_parser(__doc__)
     parser.add_argument("--repository", type=Path, action="append", required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--precision", choices=(REFERENCE, *SERVED, "BF16"), help="default: the service's")
+    parser.add_argument("--precision", choices=(REFERENCE, *CPU_PRECISIONS), help="default: the service's")
     parser.add_argument("--engine", choices=tuple(ENGINES), help="default: what verdict.choose chose, else onnxruntime")
     return parser.parse_args()
 

@@ -14,9 +14,9 @@ from tasks.table import GENERATION, fitting_task
 
 LARGEST_GRAPH = 2**31 - 2**24  # bytes: an ONNX file holds 2 GiB, its nodes included
 DEFAULT_LENGTH = 512  # tokens of a prompt where neither model nor tokenizer has a limit
-# settings of a checkpoint that change even its greedy answers, and the value that does nothing
+# settings of a checkpoint that change the answers without sampling, and the value that does nothing
 IGNORED = {
-    "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "min_length": 0,
+    "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "min_length": 0,
     "min_new_tokens": 0, "exponential_decay_length_penalty": None, "sequence_bias": None,
 }  # fmt: skip
 
@@ -123,7 +123,8 @@ def read_template(tokenizer, folder):
 
 def warn_of_settings(name, generation):
     """Say which settings of the checkpoint the service does not follow."""
-    ignored = [key for key, nothing in IGNORED.items() if getattr(generation, key, nothing) not in (nothing, None)]
+    settings = {key: getattr(generation, key, None) for key in IGNORED}
+    ignored = [f"{key} {value}" for key, value in settings.items() if value not in (IGNORED[key], None)]
     if ignored:
         print(
             f"WARNING: {name}: expected no settings but greedy ones in generation_config.json, found "

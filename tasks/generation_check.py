@@ -5,10 +5,11 @@ import contextlib
 import numpy as np
 import torch
 import transformers
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from core.export import trace_onnx
 from core.files import replace_when_done
-from core.generation import Wish, generate
+from core.generation import Wish, generate, in_process
 from core.onnx_runtime import open_session
 from core.tables import LOGITS
 from tasks.generation_graphs import BEYOND, graphs_of
@@ -106,17 +107,12 @@ def relative_error(expected, found):
 # --- against generate() --------------------------------------------------------------
 
 
-def in_process(sessions):
-    """run(model, feeds) as core.generation.generate takes it, with ONNX Runtime sessions {graph: session}."""
-    names = {model: [output.name for output in session.get_outputs()] for model, session in sessions.items()}
-    return lambda model, feeds: dict(zip(names[model], sessions[model].run(None, feeds), strict=True))
-
-
 def check_tokens(model, tokenizer, card, sessions, texts):
     """Exit unless the loop's greedy tokens are generate()'s, text by text, all in one batch. Returns how many."""
     ordered = sorted(texts, key=len)
     chosen = [ordered[i * (len(ordered) - 1) // (CHECK_TEXTS - 1)] for i in range(CHECK_TEXTS)]
-    prompts = [tokenizer(text)["input_ids"][: card["max_length"]] or [card["generation"]["pad"]] for text in chosen]
+    encoded = (tokenizer(text, verbose=False)["input_ids"] for text in chosen)  # what is too long is cut here
+    prompts = [ids[: card["max_length"]] or [card["generation"]["pad"]] for ids in encoded]
     count = min(CHECK_TOKENS, card["max_new_tokens"])
     found = [[] for _ in prompts]
     for row, token, _ in generate(in_process(sessions), card["generation"], prompts, [Wish(count)] * len(prompts)):
@@ -149,6 +145,8 @@ def greedy_tokens(model, card, prompts, count):
         forced_bos_token_id=settings["first"],
         suppress_tokens=settings["suppressed"] or None,
     )
-    rows = model.generate(input_ids=ids, attention_mask=mask)[:, 1 if both else size :].tolist()
+    # its own cache has as many layers as the encoder, although a T5 decoder may have more
+    cache = {"past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())} if both else {}
+    rows = model.generate(input_ids=ids, attention_mask=mask, **cache)[:, 1 if both else size :].tolist()
     stops = [next((i + 1 for i, token in enumerate(row) if token in settings["ends"]), count) for row in rows]
     return [row[:stop] for row, stop in zip(rows, stops, strict=True)]

@@ -16,7 +16,9 @@ from core.tables import (
     LABEL,
     LOGITS,
     QUESTION,
+    REFERENCE,
     SCORE,
+    SERVED,
     SPANS,
     START,
     TEXT,
@@ -109,6 +111,13 @@ GENERATION = {
         "AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", ("TEXT", "MESSAGES"), ("decoder",)
     ),
 }
+
+GENERATION_PRECISIONS = (REFERENCE, "FP16")
+
+
+def served_precisions(task):
+    """What a service of a task may be served in."""
+    return GENERATION_PRECISIONS if task in GENERATION else (REFERENCE, *SERVED)
 
 
 FITTING_TASKS = {  # end of an architecture's name -> the task that its head fits

@@ -80,6 +80,25 @@ def write_perf(folder, model, rows, engines=CPU, planned=()):
     write(folder, "perf", record(model, **content))
 
 
+def write_generation(folder, model):
+    ways = {"served": 50.0, "in process": 52.0, "generate()": 25.0}
+    rows = [
+        {
+            "batch": batch, "tokens": 32 * batch, "tokens_per_s": {way: batch * v for way, v in ways.items()},
+            "served_to": {"in process": 0.96, "generate()": 2.0}, "equal_answers": {"in process": batch, "generate()": 1},
+            "rounds_tokens_per_s": {way: [batch * v - 1, batch * v, batch * v + 2] for way, v in ways.items()},
+        }
+        for batch in (1, 8)
+    ]  # fmt: skip
+    server = {"name": "triton", "version": "2.51.0", "protocol": "grpc", "engines": {}, "path": "one pass"}
+    write(folder, "generation", record(model, server=server, texts="texts.txt", max_new_tokens=32, rows=rows))
+
+
+def generator():
+    service = {"precision": "ONNX", "name": "chat", "max_batch_size": 8}
+    return card(name="smollm2", task="text-generation", max_error_to_torch=1.5e-6, service=service)
+
+
 def kind(name, op, flops, bound, threshold):
     found = {"bytes": {"1": 10, "8": 80}, "intensity": {"1": 1.0, "8": 2.0}, "bound": dict.fromkeys("18", bound)}
     precisions = {p: found | {"threshold": threshold} for p in PRECISIONS}
@@ -150,6 +169,14 @@ def write_verdicts(folder, model, **facts):
     columns = ",".join(f"{name} {label}" for name in rows for label in model["labels"])
     lines = [f"{i},{','.join([str(i / 10)] * 2 * len(rows))}" for i in range(2)]
     (folder / "verdicts.csv").write_text("\n".join([f"text_number,{columns}", *lines]) + "\n")
+
+
+def write_length(folder, model, seconds, flops):
+    rows = [
+        {"tokens": n, "flops": f, "seconds": {"median": s, "min": 0.9 * s, "max": 1.2 * s}}
+        for n, s, f in zip((64, 512), seconds, flops, strict=True)
+    ]
+    write(folder, "length", record(model, executed_by="ONNX Runtime, FP32", rounds=3, texts_each=4, rows=rows))
 
 
 def classifier(**facts):

@@ -8,37 +8,30 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import tritonclient.grpc
 from conftest import run, start_server, succeed
 from tiny_generators import TEMPLATE, TEXTS, make_model, make_tokenizer, save_generator
 
-from core import generation
 from core.onnx_runtime import open_session
 from core.repository import read_card
-from serving.generation_speed import ask_stream
+from serving.generation_speed import served_answers
 from tasks import generation_check, generation_graphs
 
 TASKS = {"llama": "text-generation", "t5": "text2text-generation"}
 
 
-def export(folder, kind, *options):
-    """A tiny checkpoint exported by the script, with FP16 beside FP32."""
-    checkpoint = save_generator(folder / f"{kind}-checkpoint", kind, TEMPLATE if kind == "llama" else None)
-    texts = folder / "texts.txt"
-    texts.write_text("\n".join(TEXTS))
-    repository = folder / kind
-    options += ("--repository", repository, "--texts", texts, "--max-length", 40, "--max-new-tokens", 100)
-    done = succeed("torch2onnx.py", "--task", TASKS[kind], "--model", checkpoint, *options)
-    return SimpleNamespace(kind=kind, checkpoint=checkpoint, repository=repository, texts=texts, stdout=done.stdout)
-
-
-@pytest.fixture(scope="module", params=["llama", "t5"])
+@pytest.fixture(scope="module", params=TASKS)
 def served(request, tmp_path_factory):
-    """Each of the two tasks, exported and served."""
-    found = export(tmp_path_factory.mktemp("generation"), request.param)
-    done, (http, grpc) = start_server(found.repository)
+    """Each of the two tasks, exported by the script and served graph by graph, as on a GPU."""
+    folder, kind = tmp_path_factory.mktemp("generation"), request.param
+    found = SimpleNamespace(kind=kind, repository=folder / kind, texts=folder / "texts.txt", results=folder / "results")
+    found.checkpoint = save_generator(folder / f"{kind}-checkpoint", kind, TEMPLATE if kind == "llama" else None)
+    found.texts.write_text("\n".join([*TEXTS, *TEXTS[:4], "word1 " * 60]))  # the last is longer than a prompt may be
+    options = ("--repository", found.repository, "--texts", found.texts, "--max-length", 40, "--max-new-tokens", 100)
+    done = succeed("torch2onnx.py", "--task", TASKS[kind], "--model", found.checkpoint, *options)
+    found.printed = done.stdout + done.stderr
+    done, (http, grpc) = start_server(found.repository, path="ensemble")
     assert done.returncode == 0, done.stderr
     found.http, found.card = f"127.0.0.1:{http}", read_card(found.repository)
     found.client = tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{grpc}")
@@ -86,21 +79,6 @@ def executions(served, model="decoder"):
 # --- the graphs, in process ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "bart", "marian"])
-def test_graphs_are_exact_and_their_tokens_are_those_of_generate(kind, tmp_path):
-    model = make_model(kind)
-    settings = {"cache": generation_graphs.cache_dims(model), "pad": 0, "ends": [2], "suppressed": [], "first": None}
-    settings["start"] = 2 if model.config.is_encoder_decoder else None
-    card = {"name": kind, "architecture": kind, "outputs": {"LOGITS": [model.config.vocab_size]}}
-    card |= {"generation": settings, "max_length": 40, "max_new_tokens": 100}
-    graphs, sessions = generation_graphs.graphs_of(model), {}
-    for name, module in graphs.items():
-        generation_check.trace_graph(module, card, tmp_path / f"{name}.onnx")
-        sessions[name] = open_session(tmp_path / f"{name}.onnx")
-    assert generation_check.check_graphs(graphs, sessions, card, max_error=1e-4) < 1e-4
-    assert generation_check.check_tokens(model, make_tokenizer(), card, sessions, TEXTS) >= 40
-
-
 def test_the_check_finds_wrong_graphs(served):
     other = make_model(served.kind, seed=1)
     graphs = generation_graphs.graphs_of(other)
@@ -110,6 +88,10 @@ def test_the_check_finds_wrong_graphs(served):
         generation_check.check_graphs(graphs, sessions, served.card, max_error=1e-4)
     with pytest.raises(SystemExit, match="expected the tokens of generate"):
         generation_check.check_tokens(other, make_tokenizer(), served.card, sessions, TEXTS)
+
+
+def test_the_export_prints_its_own_lines_alone(served):
+    assert len(served.printed.splitlines()) == 4, served.printed
 
 
 def test_tied_embeddings_are_stored_once(served):
@@ -125,12 +107,28 @@ def test_tied_embeddings_are_stored_once(served):
 def test_greedy_answers_are_those_of_generate(served):
     total = 0
     for texts, count in ((TEXTS, 40), (TEXTS[:1], 100), (TEXTS[1:3], 30)):
-        (answer,) = ask_stream(served.client, served.kind, texts, {"max_new_tokens": count})
-        expected = expected_texts(served, texts, count)
-        found = zip(answer["GENERATED"][:, 0], answer["TOKENS"][:, 0], strict=True)
-        assert [(text.decode(), tokens) for text, tokens in found] == expected
-        total += int(answer["TOKENS"].sum())
+        found = served_answers(served.client, served.kind, count, texts)
+        assert found == expected_texts(served, texts, count)
+        total += sum(tokens for _, tokens in found)
     assert total >= 160  # 300 and more with both models
+
+
+def test_in_one_process_the_answers_are_the_same(served):
+    done, (http, grpc) = start_server(served.repository)
+    try:
+        assert done.returncode == 0 and "one pass, ONNX Runtime, FP32" in done.stderr, done.stderr
+        client = tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{grpc}")
+        assert served_answers(client, served.kind, 40, TEXTS) == expected_texts(served, TEXTS, 40)
+        here = SimpleNamespace(kind=served.kind, http=f"127.0.0.1:{http}")
+        assert ask_pieces(here, TEXTS[1], max_new_tokens=9) == ask_pieces(served, TEXTS[1], max_new_tokens=9)
+        options = ("--repository", served.repository, "--texts", served.texts, "--results", served.results)
+        speed = ("serving.generation_speed", "--url", f"127.0.0.1:{grpc}", "--rounds", 1, "--tokens", 5)
+        assert "batch 8: served" in succeed(*speed, "--model", served.checkpoint, *options).stdout
+        (path,) = served.results.glob("*/*/generation.json")
+        rows = json.loads(path.read_text())["rows"]
+        assert [row["equal_answers"] for row in rows] == [{"in process": n, "generate()": n} for n in (1, 8)]
+    finally:
+        succeed("serve.sh", "stop", "--http-port", http)
 
 
 def test_curl_gets_the_whole_answer_and_why_it_ended(served):
@@ -239,10 +237,8 @@ def test_fp16_is_made_and_switched_to(served, tmp_path):
     done, (http, grpc) = start_server(alone)
     try:
         client = tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{grpc}")
-        (answer,) = ask_stream(client, served.kind, TEXTS, {"max_new_tokens": 12})
-        expected = [text for text, _ in expected_texts(served, TEXTS, 12)]
-        same = [found.decode() == text for found, text in zip(answer["GENERATED"][:, 0], expected, strict=True)]
-        assert sum(same) >= 3  # a rounded logit may turn a token, and all after it
+        found, expected = served_answers(client, served.kind, 12, TEXTS), expected_texts(served, TEXTS, 12)
+        assert sum(map(tuple.__eq__, found, expected)) >= 3  # a rounded logit may turn a token, and all after it
     finally:
         succeed("serve.sh", "stop", "--http-port", http)
         succeed("serving.repository", "--repository", served.repository, "--precision", "ONNX")
@@ -257,6 +253,12 @@ def test_another_head_is_named_with_its_task(served, tmp_path):
     assert done.returncode == 1 and f"use --task {TASKS[served.kind]}" in done.stderr
 
 
+@pytest.mark.parametrize("option", [("--engine", "openvino"), ("--precision", "INT8")])
+def test_in_one_process_what_a_service_cannot_be_is_refused(served, tmp_path, option):
+    done = run("serving.one_pass", "--repository", served.repository, "--output", tmp_path, *option)
+    assert done.returncode == 1 and f"{option[0]}: expected" in done.stderr and f"found {option[1]}" in done.stderr
+
+
 def test_a_graph_of_another_export_is_found(served, tmp_path):
     path = served.repository / "decoder/1/model.onnx"
     content = path.read_bytes()
@@ -267,32 +269,3 @@ def test_a_graph_of_another_export_is_found(served, tmp_path):
         assert done.returncode == 1 and "decoder" in done.stderr
     finally:
         path.write_bytes(content)
-
-
-# --- the loop ------------------------------------------------------------------------
-
-
-def test_top_p_draws_from_the_fewest_likely_tokens():
-    logits = np.log(np.array([0.05, 0.5, 0.3, 0.15]))
-    wish = generation.Wish(1, temperature=1.0, top_p=0.7)
-    dice = np.random.default_rng(0)
-    drawn = [generation.choose(logits, wish, dice) for _ in range(2000)]
-    assert set(drawn) == {1, 2} and np.mean(np.array(drawn) == 1) == pytest.approx(0.625, abs=0.04)
-    everything = [generation.choose(logits, wish._replace(top_p=1.0), dice) for _ in range(4000)]
-    np.testing.assert_allclose(np.bincount(everything) / 4000, np.exp(logits), atol=0.03)
-
-
-def test_rows_that_ended_are_computed_no_further():
-    settings = {"cache": [2, 1, 4], "pad": 0, "start": None, "ends": [9], "suppressed": [], "first": None}
-    sizes = []
-
-    def step(model, feeds):
-        sizes.append(len(feeds["INPUT_IDS"]))
-        logits = np.zeros((sizes[-1], 10), dtype=np.float32)
-        logits[:, 3] = 1
-        past = feeds["ATTENTION_MASK"].shape[1]
-        return {"LOGITS": logits, "PRESENT": np.zeros((sizes[-1], 2, 1, past, 4), dtype=np.float32)}
-
-    wishes = [generation.Wish(count) for count in (1, 4, 2)]
-    found = list(generation.generate(step, settings, [[5], [5, 6], [7]], wishes, gone=lambda row: row == 1))
-    assert sizes == [3, 1] and [row for row, _, _ in found] == [0, 1, 2, 2]

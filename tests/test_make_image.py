@@ -166,6 +166,8 @@ def test_without_docker_nothing_is_exported_first(place, tiny, tmp_path):
         ((), "expected MODEL or clean"),
         (("m", "--max-batch-size", "0"), "--max-batch-size: expected a number from 1"),
         (("m", "--precision", "INT4"), "--precision: expected"),
+        (("m", "--precision", "INT8", "--task", "text-generation"), "--precision: expected one of ONNX FP16 for"),
+        (("m", "--task", "translation"), "invalid choice: 'translation'"),
         (("m", "--tag", "Upper Case"), "--tag: expected"),
         (("m", "--name", "../up"), "--name: expected"),
         (("m", "--fast"), "--fast: unknown option"),

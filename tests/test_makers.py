@@ -1,9 +1,13 @@
 """The makers of precisions: one per row, TF32 bit by bit, float16 as ONNX Runtime executes it, and silence."""
 
+import json
 import logging
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -11,7 +15,7 @@ from core import onnx_runtime
 from core.repository import graph_path, graph_tensors, tokenizer_path
 from core.tables import ATTENTION_MASK, INPUT_IDS, PRECISIONS
 from core.tokens import encode, load_tokenizer
-from precision import int8_search, makers
+from precision import int8_recipes, int8_search, makers
 from tasks.table import TASKS
 
 
@@ -88,3 +92,42 @@ def test_float16_quantize_is_executed_with_rounding(tmp_path):
     x = np.array([0.06, 0.14, -0.06, 0.26], dtype=np.float32)
     found = onnx_runtime.open_session(tmp_path / "g.onnx").run(None, {"x": x})[0]
     np.testing.assert_allclose(found, [0.1, 0.1, -0.1, 0.3], atol=1e-3)
+
+
+def test_bf16_has_the_tensors_of_the_reference_and_multiplies_in_bf16(tiny):
+    reference = onnx.load(tiny.repository / "model_ONNX/1/model.onnx")
+    feeds = {i.name: np.ones((1, 5), dtype=np.int64) for i in reference.graph.input}
+    graph = makers.make_graph("BF16", reference, makers.Learnt(feeds))
+    onnx.checker.check_model(graph, full_check=True)
+    assert graph_tensors(graph) == graph_tensors(reference)
+    types = {i.name: i.data_type for i in graph.graph.initializer}
+    weights = [types[n.input[1]] for n in graph.graph.node if n.op_type in ("MatMul", "Gemm") and n.input[1] in types]
+    assert weights and set(weights) == {TensorProto.BFLOAT16}
+
+
+def test_on_a_cpu_best_multiplies_no_integers_and_dequantizes_every_weight(tiny, tmp_path):
+    reference = onnx.load(tiny.repository / "model_ONNX/1/model.onnx")
+    calibration = {i.name: np.arange(8, dtype=np.int64)[None] for i in reference.graph.input}
+    calibration["ATTENTION_MASK"][:] = 1
+    calibration["TOKEN_TYPE_IDS"][:] = 0
+    recipes = int8_recipes.naive_recipes(reference, calibration, 0)
+    learnt = makers.Learnt(calibration, recipes, set(int8_recipes.candidate_matmuls(reference, recipes)))
+    executed = {
+        p: executed_kernels(makers.make_graph(p, reference, learnt), calibration, tmp_path / p)
+        for p in ("INT8", "BEST")
+    }
+    assert executed["INT8"]["MatMulIntegerToFloat"] and not executed["BEST"]["MatMulIntegerToFloat"]
+    pairs = len(learnt.chosen)  # one of the input, one of the weight
+    assert executed["BEST"]["DequantizeLinear"] >= 2 * pairs > executed["INT8"]["DequantizeLinear"]
+    assert executed["BEST"]["Cast"] > pairs
+
+
+def executed_kernels(graph, feeds, prefix):
+    """{operator: how many of its kernels ONNX Runtime runs for a graph}, from its own profile."""
+    options = onnxruntime.SessionOptions()
+    options.enable_profiling, options.profile_file_prefix = True, str(prefix)
+    onnx_runtime.quantize_from_float32(graph)
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session.run(None, feeds)
+    events = json.loads(Path(session.end_profiling()).read_text())
+    return Counter(e["args"]["op_name"] for e in events if e["cat"] == "Node" and e["name"].endswith("_kernel_time"))

@@ -14,6 +14,7 @@ from core import engines, files, runner
 from core.repository import read_card, tokenizer_path
 from core.tokens import load_tokenizer
 from serving import server
+from serving.repository import write_repository
 
 LENGTHS = st.lists(st.integers(1, 512), min_size=0, max_size=40)
 
@@ -186,3 +187,20 @@ def test_an_engine_that_is_not_installed_is_named_with_its_command(tiny, tmp_pat
     )
     assert done.returncode == 1 and "pip install -r serving/requirements-openvino.txt" in done.stderr
     assert not (tmp_path / "view").exists()
+
+
+def test_what_this_machine_cannot_compute_is_refused_and_a_choice_of_it_is_not_served(
+    tiny, tmp_path, capsys, monkeypatch
+):
+    from serving import one_pass
+
+    monkeypatch.setattr(one_pass, "has_bf16", lambda: False)
+    assert "none of ONNX Runtime's kernels" in one_pass.why_not("onnxruntime", "BF16")
+    assert "a CPU with instructions for BF16" in one_pass.why_not("openvino", "BF16")
+    repository = link_copy(tiny.repository, tmp_path / "tiny")
+    write_repository(repository, cpu_engine="openvino", cpu_precision="BF16")
+    said = one_pass.write_one_pass(repository, tmp_path / "view", None, None)
+    assert said.startswith("tiny: one pass, ONNX Runtime, FP32, packed")
+    assert "tiny: chosen was openvino, BF16: expected a CPU" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="--engine openvino --precision BF16"):
+        one_pass.write_one_pass(repository, tmp_path / "view", "BF16", "openvino")

@@ -60,6 +60,31 @@ def test_an_unstable_and_an_unmeasured_level_are_marked(place):
     assert "| no, 31% |" in tables and "| TRT_BEST | 1 | not measured |" in tables
 
 
+def test_what_padding_costs_is_shown_where_both_lengths_were_measured(place):
+    dynamic = place.folder.parent.with_name("all-MiniLM-L6-v2-dynamic") / place.folder.name
+    model = data.card(fixed_length=False, outputs={"EMBEDDING": [-1, 2]}, reference_sha256="f" * 64)
+    data.write_perf(place.folder, place.model, [data.level(m, 50.0, c) for m in ("ONNX", "tokenizer") for c in (1, 8)])
+    rows = [data.level("ONNX", 100.0), data.level("ONNX", 150.0, 8), data.level("TRT_INT8", 9.0)]
+    data.write_perf(dynamic, model, [*rows, data.level("tokenizer", 500.0)])
+    text = written(place)
+    results = block(text, "results")
+    assert "throughput is 2.00 to 3.00 times as high" in results and "at dynamic length**" not in text
+    tables = (dynamic / "tables.md").read_text()
+    assert "of all-MiniLM-L6-v2, where every text is padded to 128 tokens" in tables
+    assert "| ONNX | 2.00 | 3.00 |" in tables and "| tokenizer | 10.00 | not measured |" in tables
+    assert "TRT_INT8 | 9" not in tables.split("padded to")[1]
+    (place.folder / "perf.json").unlink()
+    assert "At dynamic length: not measured." in written(place)
+
+
+def test_why_best_is_slow_on_a_cpu_is_said_where_it_is(place):
+    for speed, engines, said in ((20.0, data.CPU, True), (49.0, data.CPU, False), (20.0, data.GPU, False)):
+        rows = [data.level("ONNX", 50.0), data.level("TRT_BEST", speed)]
+        data.write_perf(place.folder, place.model, rows, engines=engines)
+        written(place)
+        assert ("TRT_BEST reaches 0.40 to 0.40 of ONNX's" in (place.folder / "tables.md").read_text()) is said
+
+
 # --- layers and MatMuls --------------------------------------------------------------
 
 
@@ -88,6 +113,21 @@ def test_the_table_of_plans_says_how_each_was_built(place):
     assert "Plans: not built." in block(written(place), "plans")
     data.write(place.folder, "plans", data.record(place.model, plans={"FP16": plan, "INT8": None}))
     assert "FP16 | model_TRT_FP16/1/model.onnx | typed | 9 FP16 | 4 FP16 |" in block(written(place), "plans")
+
+
+# --- services ------------------------------------------------------------------------
+
+
+def test_a_service_that_generates_is_a_row_and_has_a_table_of_its_ways(place):
+    place.text.write_text(data.TEXT + "\n<!-- begin services -->\nold\n<!-- end services -->\n")
+    data.write_generation(place.results / "smollm2" / "a-cpu", data.generator())
+    text = block(written(place), "services")
+    assert "| tokens/s, batch 1 / 8 (to generate()) |" in text
+    assert "| 1.5e-06 | ONNX | 50.0 / 400.0 (2.00 / 2.00) |" in text and "smollm2 (pip package" in text
+    tables = (place.results / "smollm2" / "a-cpu" / "tables.md").read_text()
+    assert "| served, batch 8 | 400.0 (399.0 to 402.0) |  |  |" in tables
+    assert "| in process, batch 8 | 416.0 (415.0 to 418.0) | 0.96 | 8 of 8 |" in tables
+    assert report(place, "--check").returncode == 0
 
 
 # --- verdicts ------------------------------------------------------------------------

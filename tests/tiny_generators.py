@@ -13,7 +13,7 @@ CAUSAL = {
     "num_key_value_heads": 2, "max_position_embeddings": 256,
 }  # fmt: skip
 CROSS = {
-    "vocab_size": SIZE, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "vocab_size": SIZE, "d_model": 32, "encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": 4,
     "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 192,
     "decoder_start_token_id": 2, "forced_eos_token_id": None, "tie_word_embeddings": False,
 }  # fmt: skip
@@ -26,6 +26,7 @@ KINDS = {  # name -> (class of its config, sizes)
     "llama": ("LlamaConfig", CAUSAL | {"tie_word_embeddings": True}),
     "qwen2": ("Qwen2Config", CAUSAL),
     "t5": ("T5Config", T5),
+    "t5 with a deeper decoder": ("T5Config", T5 | {"num_decoder_layers": 3}),
     "bart": ("BartConfig", CROSS),
     "marian": ("MarianConfig", CROSS | {"decoder_vocab_size": SIZE}),
 }
@@ -41,7 +42,12 @@ def make_tokenizer(chat_template=None):
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     words.add_special_tokens(list(SPECIAL))
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+        tokenizer_object=words,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        model_max_length=40,
     )
     tokenizer.chat_template = chat_template
     return tokenizer

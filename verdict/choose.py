@@ -29,7 +29,7 @@ from core.repository import present, read_card, tokenizer_path
 from core.runner import Runner
 from core.tables import MODELS, PRECISIONS, REFERENCE
 from core.tokens import load_tokenizer
-from serving.one_pass import graph_settings, opener
+from serving.one_pass import graph_settings, opener, why_not
 from serving.repository import write_repository
 from tasks.examples import examples
 from tasks.table import OWN, TASKS
@@ -49,7 +49,7 @@ def candidates(repository):
     if not has_bf16():
         print("BF16: not measured: this CPU has no instructions for it", file=sys.stderr)
     pairs = [(engine, precision) for precision in dict.fromkeys(precisions) for engine in installed]
-    return [(engine, precision) for engine, precision in pairs if engine == "openvino" or precision != "BF16"]
+    return [(engine, precision) for engine, precision in pairs if not why_not(engine, precision)]
 
 
 def open_runner(repository, card, engine, precision, padding):
@@ -89,7 +89,7 @@ def holds(task, precision, row, agreement):
     """Whether a candidate's answers are good enough to serve."""
     if "agreement" in row:
         return row["agreement"]["low"] >= agreement or row["agreement"]["value"] == 1.0
-    gate = task.gate or PRECISIONS.get(precision, PRECISIONS["FP16"]).gate
+    gate = task.gate or PRECISIONS[precision].gate
     return row["relative_l2_error"] <= gate["relative_l2_error"] and row["mean_cosine"] >= gate["mean_cosine"]
 
 

@@ -1,8 +1,9 @@
 """A service that generates text, as a Triton model: TEXT or MESSAGES -> GENERATED, TOKENS, FINISH_REASON.
 
 It lies in a repository as <service>/1/model.py, beside generation.py and prompts.py, copies of the project's files,
-and settings.json. It asks the graphs beside it in the repository, one run a token; the requests that wait are one
-batch. An answer comes whole, or piece by piece with the parameter stream: the model is decoupled.
+and settings.json. The requests that wait are one batch, and a token is one run of a graph: of the models beside it in
+the repository, or on a CPU, where the settings name graphs, in this process, so that no cache goes from one process to
+another. An answer comes whole, or piece by piece with the parameter stream: the model is decoupled.
 """
 
 import json
@@ -19,9 +20,11 @@ BYTES = np.object_
 
 class TritonPythonModel:
     def initialize(self, args):
-        """Read settings, tokenizer and chat template once."""
+        """Read settings, tokenizer and chat template once, and the graphs that are run here."""
         own = Path(args["model_repository"]).resolve()
-        sys.path.insert(0, str(own / "site-packages"))
+        self.settings = json.loads((own / args["model_version"] / "settings.json").read_text(encoding="utf-8"))
+        home = own / self.settings.get("home", "")  # another folder where graphs are run here
+        sys.path.insert(0, str(home / "site-packages"))
         import generation  # beside this file, which only Triton has put on the path
         import prompts
         import texts
@@ -29,10 +32,22 @@ class TritonPythonModel:
 
         self.generation, self.prompts, self.texts = generation, prompts, texts
         self.limits = texts.read_limits(json.loads(args["model_config"]))
-        self.settings = json.loads((own / args["model_version"] / "settings.json").read_text(encoding="utf-8"))
-        self.tokenizer = Tokenizer.from_file(str(own / "tokenizer.json"))
+        self.tokenizer = Tokenizer.from_file(str(home / "tokenizer.json"))
         template = self.settings["chat_template"]
         self.template = prompts.compile_template(template) if template else None
+        self.run = self.open_graphs(self.settings["graphs"]) if "graphs" in self.settings else self.ask
+
+    def open_graphs(self, paths):
+        """run(model, feeds) of the graphs in this process; paths: {model: path}."""
+        import onnx_runtime  # beside this file too
+
+        try:
+            sessions = {model: onnx_runtime.open_session(path) for model, path in paths.items()}
+        except Exception as error:  # ONNX Runtime's exceptions share no other base
+            raise pb_utils.TritonModelException(
+                f"{', '.join(paths.values())}: expected graphs that ONNX Runtime loads, found: {error}"
+            ) from None
+        return self.generation.in_process(sessions)
 
     def execute(self, requests):
         """Generate for all requests as one batch; a bad request fails alone."""
@@ -59,8 +74,8 @@ class TritonPythonModel:
             call, own_row = places[row]
             call.add(own_row, token, reason)
 
-    def run(self, model, feeds):
-        """One run of a graph; its cache stays a tensor of Triton's, which becomes the next run's PAST by its name."""
+    def ask(self, model, feeds):
+        """One run of a graph by its model; its cache stays a tensor of Triton's, which becomes the next run's PAST by its name."""
         tensors = [as_tensor(name, values) for name, values in feeds.items()]
         names, target = OUTPUTS[model], self.settings["models"][model]
         request = pb_utils.InferenceRequest(model_name=target, requested_output_names=names, inputs=tensors)
