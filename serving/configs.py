@@ -228,10 +228,10 @@ def config_text(config):
 def read_config(path):
     """Parse a config.pbtxt; exits where it cannot."""
     try:
-        return text_format.Parse(path.read_text(), pb.ModelConfig())
+        return text_format.Parse(path.read_text(encoding="utf-8"), pb.ModelConfig())
     except OSError as error:
         raise SystemExit(f"{path}: expected a config, found {error.strerror}; {EXPORT}") from None
-    except text_format.ParseError as error:
+    except (text_format.ParseError, UnicodeDecodeError) as error:
         raise SystemExit(f"{path}: expected a Triton config, found {error}; {EXPORT}") from None
 
 
