@@ -118,7 +118,7 @@ def save_rows(rows, record, unfinished, partial):
     partial.mkdir(parents=True, exist_ok=True)
     for row in rows:
         if csv := row.pop("csv", None):
-            (partial / csv_name(row)).write_text(csv)
+            (partial / csv_name(row)).write_text(csv, encoding="utf-8")
     record["rows"] = sorted(record["rows"] + rows, key=lambda row: record["planned"].index(list(level_of(row))))
     write_json(partial / "perf.json", add_served_to_bare(merge(unfinished, record)))
 

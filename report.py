@@ -30,6 +30,9 @@ def read_folder(folder):
     """
     files = {name: folder / f"{name}.json" for name in KINDS}
     data = {n: read_json(f, "run the script that writes it again") if f.exists() else None for n, f in files.items()}
+    for name, record in data.items():
+        if record is not None and not (isinstance(record, dict) and {"model", "environment"} <= record.keys()):
+            raise SystemExit(f"{files[name]}: expected a record of a measurement, found another; measure again")
     card = next((record["model"] for record in data.values() if record), None)
     for name, record in data.items():
         # None: complexity.py counted a model that was not exported

@@ -4,7 +4,7 @@
 #   start    start in the background, wait until every model is ready
 #   run      the same in the foreground; Ctrl-C stops it
 #   stop     stop the server that was started on this HTTP port
-#   status   say whether it runs; exit 1 if not
+#   status   say whether it runs and answers a real question; exit 1 if not
 # Options:
 #   --device auto|cpu|gpu     gpu: docker run of the pinned Triton image; cpu: the
 #                             pip-installed Triton (default auto: gpu where there is
@@ -18,9 +18,13 @@
 #   --engine E --precision P  of the one pass: onnxruntime or openvino; default: the repository's
 #   --http-port N  --grpc-port N  --metrics-port N      8000, 8001, 8002
 #   --timeout-s N             how long models may load, 300
+#   --drain-s N               how long requests in flight may go on after a stop, 30
+#   --supervise               start the server anew when it dies or no longer answers a question
 # Reads:  the model repository. Writes: build/serve/<http port>/.
 # Prints: "ready: http 127.0.0.1:8000, grpc 127.0.0.1:8001 (cpu)"
+# The server of the pip package (Triton 2.51) is for programs of this machine that you trust.
 set -euo pipefail
+unset PYTHONPATH # a user's packages would stand before those of .venv
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 readonly ROOT
@@ -43,8 +47,9 @@ parse_args() {
     *) fail "expected start, stop, status or run, found '$command'; see -h" 2 ;;
   esac
   device=auto repositories=() path=auto one_pass=()
-  http_port=8000 grpc_port=8001 metrics_port=8002 timeout_s=300
+  http_port=8000 grpc_port=8001 metrics_port=8002 timeout_s=300 drain_s=30 supervise=no
   while [ $# -gt 0 ]; do
+    if [ "$1" = --supervise ]; then supervise=yes && shift && continue; fi
     [ $# -gt 1 ] || fail "$1: expected a value; see -h" 2
     case $1 in
       --device) device=$2 ;;
@@ -55,14 +60,18 @@ parse_args() {
       --grpc-port) grpc_port=$2 ;;
       --metrics-port) metrics_port=$2 ;;
       --timeout-s) timeout_s=$2 ;;
+      --drain-s) drain_s=$2 ;;
       *) fail "$1: unknown option; see -h" 2 ;;
     esac
     shift 2
   done
   [ ${#repositories[@]} -gt 0 ] || repositories=("$ROOT/model_repository")
   local number
-  for number in "$http_port" "$grpc_port" "$metrics_port" "$timeout_s"; do
-    [[ $number =~ ^[0-9]+$ ]] || fail "expected a number, found '$number'; see -h" 2
+  for number in "$http_port" "$grpc_port" "$metrics_port" "$timeout_s" "$drain_s"; do
+    [[ $number =~ ^[0-9]{1,5}$ ]] || fail "expected a number of at most five digits, found '$number'; see -h" 2
+  done
+  for number in "$http_port" "$grpc_port" "$metrics_port"; do
+    [ "$number" -gt 0 ] && [ "$number" -lt 65536 ] || fail "expected a port from 1 to 65535, found $number; see -h" 2
   done
   [[ $path =~ ^(auto|ensemble)$ ]] || fail "--path: expected auto or ensemble, found '$path'" 2
   case $device in
@@ -88,6 +97,17 @@ server_pid() {
 
 start_time() { sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | cut -d' ' -f20; }
 
+# Triton starts a model's process through a shell, with these paths unquoted.
+plain_path() {
+  [[ $1 =~ ^[A-Za-z0-9_./@%+=:,~-]+$ ]] ||
+    fail "$1: expected a path of letters, digits and ._/@%+=:,~- only, found others; move the folder"
+}
+
+# The health check's question of a repository; the task's own keeps its record in assets/ beside it.
+question_of() {
+  if [ -f "$1/model.json" ]; then echo "$1/health.json"; else echo "$(dirname "$1")/assets/health.json"; fi
+}
+
 check() {
   local port i options=()
   [ "$device" = cpu ] || options=(--plans)
@@ -95,7 +115,10 @@ check() {
     [ -d "${repositories[i]}" ] || fail "--model-repository: expected a folder, found none at ${repositories[i]}"
     repositories[i]=$(realpath "${repositories[i]}")
     options+=(--repository "${repositories[i]}")
+    questions+=("$(question_of "${repositories[i]}")")
+    plain_path "${repositories[i]}"
   done
+  plain_path "$ROOT"
   module serving.check "${options[@]}" || exit 1
   # every repository has its own tokenizer and model_ONNX
   shared=() && [ ${#repositories[@]} -eq 1 ] || shared=(--model-namespacing=true)
@@ -127,6 +150,8 @@ prepare_cpu() {
     served=$(module serving.one_pass "${repositories[@]/#/--repository=}" --output "$folders" "${one_pass[@]}") || exit 1
     mapfile -t repositories <<<"$served"
   fi
+  local secret
+  secret=$("$python" -c 'import secrets; print(secrets.token_hex(16))')
   # the stub takes its packages from the python3 on PATH
   PATH=$(dirname "$python"):$PATH
   export PATH LD_LIBRARY_PATH=$triton/../../nvidia_pytriton.libs${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
@@ -134,7 +159,11 @@ prepare_cpu() {
     "$triton/bin/tritonserver"
     "${repositories[@]/#/--model-repository=}" "${shared[@]}"
     "--backend-directory=$backends"
-    --exit-timeout-secs=5 # an idle keep-alive connection would hold the end up for 30
+    "--backend-config=python,shm-region-prefix-name=$regions"
+    "--exit-timeout-secs=$drain_s"
+    # nobody but this machine's administrator changes what is served, logged or shared
+    "--http-restricted-api=model-repository,logging,trace,shared-memory:administrator=$secret"
+    "--grpc-restricted-protocol=model-repository,logging,trace,shared-memory:administrator=$secret"
     --http-address=127.0.0.1 "--http-port=$http_port"
     --grpc-address=127.0.0.1 "--grpc-port=$grpc_port"
     --metrics-address=127.0.0.1 "--metrics-port=$metrics_port"
@@ -161,7 +190,18 @@ prepare_gpu() {
   )
 }
 
-ready() { "$python" -c 'import sys, urllib.request as r; r.urlopen(sys.argv[1], timeout=5)' "http://127.0.0.1:$http_port/v2/health/ready" 2>/dev/null; }
+# Whether all models are loaded; a proxy of the user's is not asked.
+ready() {
+  no_proxy=127.0.0.1 "$python" -c 'import sys, urllib.request as r; r.urlopen(sys.argv[1], timeout=5)' \
+    "http://127.0.0.1:$http_port/v2/health/ready" 2>/dev/null
+}
+
+# What a killed server leaves: its models' processes, which are of its group, and their shared memory.
+clean_up() {
+  local pid
+  if read -r pid _ 2>/dev/null <"$state/server.pid"; then pkill -KILL -g "$pid" -f "stub .* $regions" || true; fi
+  rm -f "$state/server.pid" "/dev/shm/$regions"*
+}
 
 wait_ready() {
   local deadline=$((SECONDS + timeout_s))
@@ -179,10 +219,15 @@ wait_ready() {
 start() {
   [ -z "$(server_pid)" ] || fail "port $http_port: expected no server, found ours running (pid $(server_pid)); ./serve.sh stop --http-port $http_port"
   check
-  mkdir -p "$state"
+  clean_up
   "prepare_$device"
+  printf '%s\n' "${questions[@]}" >"$state/questions"
+  if [ "$supervise" = yes ]; then
+    server=(env -C "$ROOT" "$python" -m serving.supervisor --state "$state" --url "127.0.0.1:$http_port" "--drain-s=$drain_s"
+      "${questions[@]/#/--health=}" -- "${server[@]}")
+  fi
   cd "$state" # Python looks there first, and a file of the user's may be called like a package
-  setsid "${server[@]}" >"$state/server.log" 2>&1 </dev/null &
+  setsid "${server[@]}" >"$state/server.log" 2>&1 </dev/null 9>&- &
   pid=$!
   trap 'end_server "$pid"; rm -f "$state/server.pid"' EXIT
   trap 'exit 130' INT
@@ -192,10 +237,10 @@ start() {
   echo "ready: http 127.0.0.1:$http_port, grpc 127.0.0.1:$grpc_port ($device)"
 }
 
-# Triton ends by itself on SIGTERM; kill only after a while.
+# Triton ends by itself on SIGTERM, when the requests in flight are answered; kill only after a while.
 end_server() {
   kill -TERM "$1" 2>/dev/null || return 0
-  local deadline=$((SECONDS + 40))
+  local deadline=$((SECONDS + drain_s + 10))
   # a zombie is gone too: in a container nobody may be there to reap it
   while [ -n "$(start_time "$1")" ] && ! grep -q '^State:.Z' "/proc/$1/status" 2>/dev/null; do
     if [ "$SECONDS" -ge "$deadline" ]; then
@@ -209,7 +254,12 @@ end_server() {
 
 main() {
   parse_args "$@"
-  local running
+  local running questions=() regions=triton-$http_port-
+  mkdir -p "$state"
+  if [ "$command" != status ]; then
+    exec 9>"$state/lock"
+    flock --nonblock 9 || fail "port $http_port: expected one start or stop at a time, found another under way; wait for it"
+  fi
   running=$(server_pid)
   case $command in
     start)
@@ -218,18 +268,21 @@ main() {
       ;;
     run)
       start
+      exec 9>&- # a stop may come from elsewhere
       tail -n +1 -f --pid="$pid" "$state/server.log" &
       wait "$pid"
       ;;
     stop)
-      [ -n "$running" ] || { echo "no server of ours on port $http_port"; return 0; }
+      [ -n "$running" ] || { clean_up && echo "no server of ours on port $http_port"; return 0; }
       end_server "$running"
-      rm -f "$state/server.pid"
+      clean_up
       echo "stopped: pid $running, port $http_port"
       ;;
     status)
       [ -n "$running" ] || fail "port $http_port: no server of ours runs"
       ready || fail "port $http_port: pid $running runs and is not ready"
+      mapfile -t questions <"$state/questions"
+      module serving.health --url "127.0.0.1:$http_port" "${questions[@]}" || fail "port $http_port: pid $running runs and does not answer"
       echo "ready: pid $running, http 127.0.0.1:$http_port"
       ;;
   esac

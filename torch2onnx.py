@@ -66,18 +66,21 @@ def save_packed(args, module, tokenizer, card, path):
 
 
 def save_graph(args, module, tokenizer, card, path):
-    """Export and check; an older graph must not be taken for one that failed. Returns the error to torch."""
+    """Export and check. Returns the error to torch.
+
+    An older graph must not be taken for one that failed the check; where the disk is full, it stays.
+    """
     from core.export import CHECK_BATCHES, check_onnx, export_onnx  # torch: -h answers first
     from core.files import replace_when_done
 
     texts = texts_to_check(args, card)
-    try:
-        with replace_when_done(path) as temporary:
-            export_onnx(module, card, temporary)
+    with replace_when_done(path) as temporary:
+        export_onnx(module, card, temporary)
+        try:
             error = check_onnx(module, tokenizer, card, texts, temporary, args.max_error)
-    except SystemExit:
-        path.unlink(missing_ok=True)
-        raise
+        except SystemExit:
+            path.unlink(missing_ok=True)
+            raise
     print(f"ONNX Runtime agrees with torch: max abs error {error:.2g} at batch {', '.join(map(str, CHECK_BATCHES))}")
     return error
 

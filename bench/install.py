@@ -35,12 +35,16 @@ def install(requirements):
     python = python_of(requirements)
     asked = [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
     site = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-    (Path(site) / "project.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (Path(site) / "project.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
     pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "-r", str(source)]
-    with open(folder / "install.log", "w") as log:
+    with open(folder / "install.log", "w", encoding="utf-8") as log:
         code = subprocess.run(pip, stdout=log, stderr=subprocess.STDOUT).returncode
     if code:
-        lines = [line for line in (folder / "install.log").read_text().splitlines() if line.startswith("ERROR")]
+        lines = [
+            line
+            for line in (folder / "install.log").read_text(encoding="utf-8").splitlines()
+            if line.startswith("ERROR")
+        ]
         return f"pip: {lines[-1] if lines else f'exit {code}'}"
     # only now: an interrupted installation is done again
     (folder / "installed.txt").write_bytes(source.read_bytes())
@@ -69,6 +73,10 @@ COMMON = ("torch", "transformers", "tokenizers", "onnxruntime", "onnxruntime-gpu
 
 def packages(requirements):
     """Names in a file of requirements, and what most peers stand on."""
-    lines = (REQUIREMENTS / f"{requirements}.txt").read_text().splitlines() if requirements else ["nvidia-pytriton"]
+    lines = (
+        (REQUIREMENTS / f"{requirements}.txt").read_text(encoding="utf-8").splitlines()
+        if requirements
+        else ["nvidia-pytriton"]
+    )
     names = [line.split("=")[0].split("[")[0].split("<")[0].strip() for line in lines if line[:1].isalpha()]
     return [*names, *(name for name in COMMON if name not in names)]

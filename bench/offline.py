@@ -118,7 +118,7 @@ def wait_service(server, ask, timeout_s):
 def rows(args, texts):
     """{name: (requirements, what starts it, given a stack)}; the first is what ratios are to."""
     args.work.mkdir(parents=True, exist_ok=True)
-    (args.work / "texts.json").write_text(json.dumps(texts))
+    (args.work / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
     found = {}
     for number, repository in enumerate(args.sentence_repository):
         name = "project" if number == 0 else f"project, {repository.name}"

@@ -25,29 +25,32 @@ def replace_when_done(path):
     of one. Raises whatever the block raises.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise SystemExit(f"{path}: expected room for it on the disk, found: {error.strerror}; free some") from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise SystemExit(f"{path}: expected a place to write to, found: {error.strerror}; name another") from None
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nothing could be written there is nothing to remove
+            temporary.unlink()
 
 
 def write_json(path, value):
     """Write `value` as indented JSON, atomically. NaN is refused: it is not JSON."""
     with replace_when_done(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_json(path, remedy):
     """Read a JSON file; exit with `remedy` if it is missing or broken."""
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SystemExit(f"{path}: expected a file, found none; {remedy}") from None
     except ValueError as error:

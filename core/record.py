@@ -70,7 +70,7 @@ def _cpu():
     A virtual machine may call two processors by one name; only family and model tell them apart.
     """
     with contextlib.suppress(OSError, KeyError):
-        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+        first = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
         found = dict(map(str.strip, line.split(":", 1)) for line in first.splitlines() if ":" in line)
         name = f"{found['model name']}, family {found['cpu family']}, model {found['model']}"
         return name, [flag for flag in INSTRUCTION_SETS if flag in found["flags"].split()]

@@ -12,7 +12,7 @@ import onnx
 from core.files import read_json, sha256
 from core.tables import EMBEDDERS, ENGINES, MODELS, REFERENCE
 
-RECORD = "model.json"
+RECORD, HEALTH = "model.json", "health.json"  # the record; the question of its health check
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"  # of a service: it is a folder's name too
 GENERATING = ("encoder", "decoder", "encoder_FP16", "decoder_FP16")  # graphs of a service that generates
 PARTS = ("tokenizer", "postprocess", *EMBEDDERS.values(), *GENERATING)  # names that no service may have

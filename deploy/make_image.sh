@@ -104,6 +104,7 @@ find_repository() {
     run rm -rf "$context/package"
     run mkdir -p "$context/package"
     run tar -xzf "$model" -C "$context/package" --strip-components=1
+    run "${module[@]}" serving.ask manifest "$context/package"
     repository=$context/package/model_repository
   elif [ "$kind" = checkpoint ]; then
     # not build/<name>: that may be the checkpoint, or a repository with graphs that are still wanted
@@ -127,7 +128,7 @@ write_context() {
     --name "$name" --engine "$engine" "${batch[@]}" --output "$context/model_repository"
   # the server is another user than the one who builds
   run chmod -R a+rX,go-w "$context/model_repository"
-  run cp "$ROOT/deploy/Dockerfile" "$ROOT/deploy/.dockerignore" "$context"
+  run cp "$ROOT/deploy/Dockerfile" "$ROOT/deploy/.dockerignore" "$ROOT/serving/health.py" "$context"
 }
 
 # Remove the images whose ids come in; by id: a tag may by now be another's image.

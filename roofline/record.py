@@ -104,7 +104,7 @@ def write_complexity(record, results):
 
 def write_layers(record, path):
     """A row per layer: FLOPs, bytes and FLOP/byte at batch 1 of all its calls. TF32 is stored as FP32."""
-    with replace_when_done(path) as temporary, open(temporary, "w", newline="") as file:
+    with replace_when_done(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(
             ["layer", "kind", "calls", "flops", *(f"{w}_{p}" for p in SERVED for w in ("bytes", "intensity"))]

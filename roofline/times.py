@@ -48,7 +48,9 @@ def cache_bytes(device):
     """Size of the last cache."""
     if device == "cuda":
         return torch.cuda.get_device_properties(0).L2_cache_size
-    sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    sizes = [
+        p.read_text(encoding="utf-8").strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    ]
     units = {"K": 1 << 10, "M": 1 << 20}
     return max((int(s[:-1]) * units[s[-1]] for s in sizes if s[-1] in units), default=32 << 20)
 

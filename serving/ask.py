@@ -3,7 +3,7 @@
 Run:    python -m serving.ask build --precision FP16 --major 10    (from the project's folder)
 Prints: "flags model_ONNX/1/model.onnx model_TRT_FP16/1 --fp16"
 
-Nothing but `source` reads a file, and nothing is written.
+Only `source` and `manifest` read files, and nothing is written.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import re
 import tarfile
 from pathlib import Path
 
+from core.files import read_json, sha256
 from core.tables import EMBEDDERS, IMAGE, PINNED_TENSORRT, PRECISIONS, REFERENCE, SERVED, model_key
 from tasks.table import ALIASES, GENERATION, TASKS, served_precisions
 
@@ -76,10 +77,28 @@ def read_package(path):
         ) from None
 
 
+def check_manifest(args):
+    """The name in an unpacked package's manifest; exits unless its files are those that the manifest names."""
+    path = args.folder / "manifest.json"
+    manifest = read_json(path, "pack it again: ./verdicts.py package")
+    noted = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(noted, dict):
+        raise SystemExit(f"{path}: expected the files of a package, found none; pack it again: ./verdicts.py package")
+    found = {str(p.relative_to(args.folder)): p for p in args.folder.rglob("*") if p.is_symlink() or p.is_file()}
+    del found[path.name]
+    for name in sorted(noted.keys() | found.keys()):
+        if name not in found or found[name].is_symlink() or sha256(found[name]) != noted.get(name):
+            raise SystemExit(
+                f"{args.folder / name}: expected the files that the package's manifest names, found another or none; "
+                "its native code would be run: get the package again from where it was made"
+            )
+    return manifest["name"]
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(
-        required=True, metavar="image | tensorrt | precisions | models | build | mount | source"
+        required=True, metavar="image | tensorrt | precisions | models | build | mount | source | manifest"
     )
     for name, answer in (
         ("image", IMAGE),
@@ -104,6 +123,9 @@ def parse_args():
     source = commands.add_parser("source", help="what an image is made of: kind, precision, name")
     source.add_argument("model", type=Path)
     source.set_defaults(run=read_source)
+    manifest = commands.add_parser("manifest", help="hold an unpacked package against its manifest")
+    manifest.add_argument("folder", type=Path)
+    manifest.set_defaults(run=check_manifest)
     return parser.parse_args()
 
 

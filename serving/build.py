@@ -51,7 +51,7 @@ def count_precisions(path, matmuls):
     nodes it came from as [ONNX Layer: name]. One MatMul in several layers (a reformat and
     the product) counts once, as the GEMM. Raises ValueError where the file has no details.
     """
-    layers = json.loads(path.read_text()).get("Layers", [])
+    layers = json.loads(path.read_text(encoding="utf-8")).get("Layers", [])
     if not layers or not all(isinstance(layer, dict) for layer in layers):
         raise ValueError("layers without details; --profilingVerbosity=detailed is needed")
     found = {}

@@ -4,7 +4,16 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from core.repository import EXPORT
-from core.tables import EMBEDDERS, ENGINES, MODELS, SPANS
+from core.tables import (
+    BYTES_PER_TOKEN,
+    EMBEDDERS,
+    ENGINES,
+    LARGEST_TEXTS,
+    MAX_QUEUE_SIZE,
+    MODELS,
+    QUEUE_TIMEOUT_S,
+    SPANS,
+)
 from tasks.table import OWN, TASKS
 
 FIELD_ORDER = (
@@ -27,7 +36,9 @@ COMMENTS = {
     "input": "the dims below are those of the export; -1: as long as the longest text of a batch",
     "model_transaction_policy": "one request, many responses: a text in pieces; /infer is for other models, ask /generate",
     "dynamic_batching": "defaults, as Triton's user guide (Batchers) advises for one optimization profile: no preferred\n"
-    "# size; no delay, which costs a lone request more than it brings under load",
+    "# size; no delay, which costs a lone request more than it brings under load. A request that finds the queue full\n"
+    "# or waits in it past the timeout is refused as UNAVAILABLE",
+    "parameters": "the largest text and the largest request in bytes: more is refused before it is tokenised",
     "instance_group": "one per device: a second one halves a lone request's cores or doubles GPU memory; pinned memory\n"
     "# for its copies is on by default (ModelOptimizationPolicy)",
     "optimization": "on a GPU the CUDA provider multiplies in TF32 by default, and the reference would be as coarse as\n"
@@ -53,6 +64,19 @@ def add_texts(config, card):
         config.input.add(name=name, data_type=pb.TYPE_STRING, dims=[1])
 
 
+def add_batcher(config):
+    """Requests that wait join one batch; the queue is bounded."""
+    policy = config.dynamic_batching.default_queue_policy
+    policy.max_queue_size, policy.default_timeout_microseconds = MAX_QUEUE_SIZE, QUEUE_TIMEOUT_S * 1_000_000
+
+
+def add_limits(config, max_length):
+    """Bytes of a text and of a request, by the length of the model."""
+    largest = BYTES_PER_TOKEN * max_length
+    config.parameters["max_text_bytes"].string_value = str(largest)
+    config.parameters["max_request_bytes"].string_value = str(LARGEST_TEXTS * largest)
+
+
 def token_tensors(card):
     """{name: dims} of what the tokenizer makes: the graph's inputs, and what the answer needs besides."""
     task, length = TASKS[card["task"]], length_of(card)
@@ -66,7 +90,8 @@ def tokenizer_config(card, max_batch_size):
     add_texts(config, card)
     for name, dims in token_tensors(card).items():
         config.output.add(name=name, data_type=pb.TYPE_INT64, dims=dims)
-    config.dynamic_batching.SetInParent()
+    add_batcher(config)
+    add_limits(config, card["max_length"])
     config.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_CPU)
     return config
 
@@ -78,7 +103,7 @@ def model_config(key, card, max_batch_size, engine, warmup_length):
         config.input.add(name=name, data_type=pb.TYPE_INT64, dims=[length_of(card)])
     for name, dims in card["outputs"].items():
         config.output.add(name=name, data_type=pb.TYPE_FP32, dims=dims)
-    config.dynamic_batching.SetInParent()
+    add_batcher(config)
     config.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_AUTO)
     if engine == "onnxruntime" and MODELS[key].precision == "FP32":
         compute_in_fp32(config)
@@ -130,7 +155,8 @@ def service_config(name, card, max_batch_size, one_pass=None):
     config = pb.ModelConfig(name=name, backend="python", max_batch_size=max_batch_size)
     add_texts(config, card)
     add_results(config, card)
-    config.dynamic_batching.SetInParent()
+    add_batcher(config)
+    add_limits(config, card["max_length"])
     config.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_CPU)
     if one_pass:
         note_one_pass(config, card, one_pass)
@@ -202,10 +228,10 @@ def config_text(config):
 def read_config(path):
     """Parse a config.pbtxt; exits where it cannot."""
     try:
-        return text_format.Parse(path.read_text(), pb.ModelConfig())
+        return text_format.Parse(path.read_text(encoding="utf-8"), pb.ModelConfig())
     except OSError as error:
         raise SystemExit(f"{path}: expected a config, found {error.strerror}; {EXPORT}") from None
-    except text_format.ParseError as error:
+    except (text_format.ParseError, UnicodeDecodeError) as error:
         raise SystemExit(f"{path}: expected a Triton config, found {error}; {EXPORT}") from None
 
 

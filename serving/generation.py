@@ -11,6 +11,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 from core.files import ROOT, replace_folder_when_done, replace_when_done, sha256, write_json
 from core.repository import (
     EXPORT,
+    HEALTH,
     RECORD,
     check_name,
     graph_properties,
@@ -28,6 +29,7 @@ CODE = {  # file in the service's version folder -> where it comes from
     "model.py": ROOT / "serving" / "models" / "generation.py",
     "generation.py": ROOT / "core" / "generation.py",
     "prompts.py": ROOT / "core" / "prompts.py",
+    "texts.py": ROOT / "model_repository" / "tokenizer" / "1" / "texts.py",
 }
 RESULTS = {"GENERATED": "STRING", "TOKENS": "INT64", "FINISH_REASON": "STRING"}
 
@@ -97,7 +99,8 @@ def service_config(card, max_batch_size):
     for name, kind in RESULTS.items():
         config.output.add(name=name, data_type=configs.data_type(kind), dims=[1])
     config.model_transaction_policy.decoupled = True
-    config.dynamic_batching.SetInParent()
+    configs.add_batcher(config)
+    configs.add_limits(config, card["max_length"])
     config.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_CPU)
     return config
 
@@ -144,6 +147,7 @@ def write_repository(repository, served=None, **service):
     write_service(repository / name / "1", card, CODE, {"models": models})
     if served is not None:
         write_tokenizer(repository / name, served)
+    write_json(repository / HEALTH, {"model": name, "body": {"TEXT": "Hello", "max_new_tokens": 1}})
     write_json(repository / RECORD, card)
 
 

@@ -80,7 +80,7 @@ def write_inputs(card, requests, tokenizer, folder):
     ]  # fmt: skip
     paths = {"texts": folder / "texts.json", "tokens": folder / "tokens.json"}
     for path, data in zip(paths.values(), (of_texts, of_tokens), strict=True):
-        path.write_text(json.dumps({"data": data}))
+        path.write_text(json.dumps({"data": data}), encoding="utf-8")
     return paths
 
 

@@ -23,6 +23,7 @@ from core.files import ROOT, replace_folder_when_done, replace_when_done, write_
 from core.onnx_runtime import quantize_from_float32
 from core.repository import (
     EXPORT,
+    HEALTH,
     RECORD,
     assets_of,
     check_name,
@@ -54,7 +55,7 @@ from tasks.examples import answers_of, examples
 from tasks.table import OWN, TASKS
 
 WARMUP_TEXT = "A real text, for the first run of each model."
-TOKENIZER_CODE = ROOT / "model_repository" / "tokenizer" / "1" / "model.py"
+TOKENIZER_CODE = ROOT / "model_repository" / "tokenizer" / "1"
 MODELS_CODE = ROOT / "serving" / "models"
 
 
@@ -120,7 +121,8 @@ def write_repository(repository, **service):
         if config.name in EMBEDDERS.values():
             for tensor, values in feeds.items():  # as Triton reads it
                 write_file(folder / "warmup" / tensor, np.ascontiguousarray(values[0], dtype="<i8").tobytes())
-    write_file(repository / "tokenizer/1/model.py", TOKENIZER_CODE.read_bytes())
+    for code in ("model.py", "texts.py"):
+        write_file(repository / "tokenizer/1" / code, (TOKENIZER_CODE / code).read_bytes())
     if task.answers:
         if task.windows:
             write_service(
@@ -131,6 +133,9 @@ def write_repository(repository, **service):
     if before.get("name") not in (None, name):  # read_card has held it against paths
         for folder in (before["name"], before["name"] + GRAPH):
             shutil.rmtree(repository / folder, ignore_errors=True)
+    (example,) = examples(card, [WARMUP_TEXT])
+    body = dict(zip(task.takes, example if isinstance(example, tuple) else (example,), strict=True))
+    write_json(assets_of(repository) / HEALTH, {"model": name, "body": body})
     write_json(assets_of(repository) / RECORD, card)
 
 
@@ -149,6 +154,7 @@ def write_service(folder, card, tokenizer, settings):
     task = TASKS[card["task"]]
     for name in ("runner", "engines", "onnx_runtime"):
         write_file(folder / f"{name}.py", (ROOT / "core" / f"{name}.py").read_bytes())
+    write_file(folder / "texts.py", (TOKENIZER_CODE / "texts.py").read_bytes())
     facts = {"takes": task.takes, "also": task.also, "output": task.output, "per_token": task.per_token}
     write_answers(
         folder, card, tokenizer, "service.py", {"engine": "Triton", "inputs": card["inputs"]} | facts | settings

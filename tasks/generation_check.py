@@ -22,21 +22,21 @@ CHECK_SHAPES = ((1, 1, 0), (1, 7, 0), (3, 5, 0), (2, 1, 9), (3, 4, 6), (8, 12, 0
 def save_graphs(args, model, tokenizer, card, texts, paths):
     """Export and check every graph, and move them into place together, or none. Returns the worst relative error.
 
-    paths: {graph: path}. A graph of an older export must not be taken for one that failed: it is removed.
+    paths: {graph: path}. A graph of an older export must not be taken for one that failed the check: it is removed.
     """
     graphs = graphs_of(model)
-    try:
-        with contextlib.ExitStack() as stack:
-            temporary = {name: stack.enter_context(replace_when_done(paths[name])) for name in graphs}
-            for name, module in graphs.items():
-                trace_graph(module, card, temporary[name])
-            sessions = {name: open_session(path) for name, path in temporary.items()}
+    with contextlib.ExitStack() as stack:
+        temporary = {name: stack.enter_context(replace_when_done(paths[name])) for name in graphs}
+        for name, module in graphs.items():
+            trace_graph(module, card, temporary[name])
+        sessions = {name: open_session(path) for name, path in temporary.items()}
+        try:
             error = check_graphs(graphs, sessions, card, args.max_error)
             compared = check_tokens(model, tokenizer, card, sessions, texts)
-    except SystemExit:
-        for path in paths.values():
-            path.unlink(missing_ok=True)
-        raise
+        except SystemExit:
+            for path in paths.values():
+                path.unlink(missing_ok=True)
+            raise
     print(f"ONNX Runtime agrees with torch: max error {error:.2g} of the largest value, past lengths 0 to 33")
     print(f"and with generate(): {compared} of {compared} tokens equal, {CHECK_TEXTS} texts of unequal length")
     return error

@@ -83,7 +83,7 @@ def free_ports(count):
 def start_server(*repositories, path="auto"):
     """Start the CPU server on free ports. Returns (process of serve.sh, ports)."""
     http, grpc, metrics = free_ports(3)
-    options = ["--http-port", http, "--grpc-port", grpc, "--metrics-port", metrics, "--path", path]
+    options = ["--http-port", http, "--grpc-port", grpc, "--metrics-port", metrics, "--path", path, "--drain-s", 5]
     for repository in repositories:
         options += ["--model-repository", repository]
     return run("serve.sh", "start", "--device", "cpu", *options), (http, grpc)

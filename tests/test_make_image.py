@@ -74,7 +74,8 @@ def test_context_holds_the_repository_and_no_build_is_needed_to_serve_it(place, 
     assert done.returncode == 0, done.stderr
     context = place / "build/image/tiny"
     found = {p.name for p in context.iterdir()}
-    assert found == {"made", "model_repository", "Dockerfile", ".dockerignore"}
+    assert found == {"made", "model_repository", "health.py", "Dockerfile", ".dockerignore"}
+    assert (context / "model_repository/health.json").is_file()
     assert "max_batch_size: 4" in (context / "model_repository/tiny/config.pbtxt").read_text()
     check_repository(context / "model_repository")
     for path in (context / "model_repository").rglob("*"):  # another user serves it
@@ -95,12 +96,15 @@ def test_the_tasks_own_repository_is_baked_from_another_folder(place, exported, 
     assert [p.parents[1].name for p in baked.rglob("model.onnx")] == ["model_TRT_FP16"]
 
 
-def packed(tiny, folder):
-    """A package as verdicts.py writes it, with a plan in it: it has a manifest.json of its own."""
+def packed(tiny, folder, change=None):
+    """A package as verdicts.py writes it, with a plan in it: it has a manifest.json of its own. change(root): afterwards."""
     root = folder / "tiny-ONNX"
     shutil.copytree(tiny.repository, root / "model_repository")
     files.write_json(root / "model_repository/model_ONNX/1/manifest.json", {"graph": "model_ONNX/1/model.onnx"})
-    files.write_json(root / "manifest.json", {"name": "tiny", "model": "ONNX"})
+    inside = {str(p.relative_to(root)): files.sha256(p) for p in root.rglob("*") if p.is_file()}
+    files.write_json(root / "manifest.json", {"name": "tiny", "model": "ONNX", "files": inside})
+    if change:
+        change(root)
     with tarfile.open(folder / "tiny.tar.gz", "w:gz") as archive:
         archive.add(root, arcname=root.name)
     return folder / "tiny.tar.gz"
@@ -110,6 +114,21 @@ def test_a_package_that_holds_a_plan_is_taken(place, tiny, tmp_path):
     done = make(place, packed(tiny, tmp_path), "--no-build")
     assert done.returncode == 0, done.stderr
     assert (place / "build/image/tiny/model_repository/tiny/config.pbtxt").is_file()
+
+
+CHANGES = {
+    "one more": lambda root: (root / "model_repository/tokenizer/site-packages/more.so").write_text("planted"),
+    "changed": lambda root: (root / "model_repository/tokenizer/1/model.py").write_text("planted"),
+    "gone": lambda root: (root / "model_repository/tokenizer/1/model.py").unlink(),
+    "a link": lambda root: (root / "model_repository/link").symlink_to("/etc/passwd"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_package_with_other_files_than_its_manifest_names_is_refused(place, tiny, tmp_path, change):
+    done = make(place, packed(tiny, tmp_path, CHANGES[change]), "--no-build")
+    assert done.returncode == 1 and "expected the files that the package's manifest names" in done.stderr
+    assert not (place / "build/image/tiny/model_repository").exists()
 
 
 def test_image_is_built_without_network_and_clean_removes_what_was_made(place, tiny, tmp_path):
@@ -190,7 +209,7 @@ def test_dockerfile_is_pinned_not_root_and_checked():
     values = {name: value for name, value in instructions}
     assert values["FROM"] == tables.IMAGE
     assert values["USER"].split(":")[0] not in ("0", "root")
-    assert "/v2/health/ready" in values["HEALTHCHECK"]
+    assert '"/health.py", "/models/health.json"' in values["HEALTHCHECK"]
     assert "RUN" not in values and "ADD" not in values  # nothing is fetched
 
 

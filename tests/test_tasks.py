@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import MINILM, post, run_here, start_server, succeed
+from conftest import MINILM, made_once, post, run_here, start_server, succeed
 
 import torch2onnx
 from core import checkpoint, files, repository
@@ -23,6 +23,7 @@ PEOPLE = [
 ]
 LABELS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+TINY_TASKS = ("token-classification", "question-answering", "fill-mask")
 LENGTH = 64  # of the question answerer's windows
 
 
@@ -39,29 +40,39 @@ def save_tiny(folder, auto_model, **others):
     return folder
 
 
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """Tiny checkpoints of three tasks, and the exports of these and of MiniLM for sentences, which is real."""
+
+    def make(folder):
+        labels = {"id2label": dict(enumerate(LABELS)), "label2id": {name: i for i, name in enumerate(LABELS)}}
+        for task in TINY_TASKS:
+            others = labels if task == "token-classification" else {}
+            save_tiny(folder / "checkpoints" / f"tiny-{task}", TASKS[task].auto_model, **others)
+        for task, model in checkpoints_of(folder).items():
+            options = ["--task", task, "--model", model, "--repository", folder / task]
+            options += ["--max-length", LENGTH] if task == "question-answering" else []
+            options += ["--hidden-state"] if task == "sentence-embedding" else []
+            done = run_here(torch2onnx, *options)
+            assert done.returncode == 0, done.stderr
+
+    return made_once(tmp_path_factory, "tasks", make)
+
+
+def checkpoints_of(folder):
+    return {task: folder / "checkpoints" / f"tiny-{task}" for task in TINY_TASKS} | {"sentence-embedding": MINILM}
+
+
+@pytest.fixture(scope="session")
+def checkpoints(made):
     """{task: folder of a tiny checkpoint}, and the real MiniLM for sentences."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-    labels = {"id2label": dict(enumerate(LABELS)), "label2id": {name: i for i, name in enumerate(LABELS)}}
-    found = {}
-    for task in ("token-classification", "question-answering", "fill-mask"):
-        others = labels if task == "token-classification" else {}
-        found[task] = save_tiny(folder / f"tiny-{task}", TASKS[task].auto_model, **others)
-    return found | {"sentence-embedding": MINILM}
+    return checkpoints_of(made)
 
 
-@pytest.fixture(scope="module")
-def repositories(checkpoints, tmp_path_factory):
+@pytest.fixture(scope="session")
+def repositories(made, checkpoints):
     """{task: exported repository}; its service is called as the task."""
-    folder = tmp_path_factory.mktemp("repositories")
-    for task, model in checkpoints.items():
-        options = ["--task", task, "--model", model, "--repository", folder / task]
-        options += ["--max-length", LENGTH] if task == "question-answering" else []
-        options += ["--hidden-state"] if task == "sentence-embedding" else []
-        done = run_here(torch2onnx, *options)
-        assert done.returncode == 0, done.stderr
-    return {task: folder / task for task in checkpoints}
+    return {task: made / task for task in checkpoints}
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ def open_classifier(args):
     options.intra_op_num_threads = args.threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(args.graph, options, providers=["CPUExecutionProvider"])
-    labels = json.loads((args.model / "config.json").read_text())["id2label"]
+    labels = json.loads((args.model / "config.json").read_text(encoding="utf-8"))["id2label"]
     words = tokenizers.Tokenizer.from_file(args.tokenizer)
     inputs = [given.name for given in session.get_inputs()]
     # of the longest text of a batch: a fixed length, where tokenizer.json has one, is not what a service pays for

@@ -29,7 +29,7 @@ def main():
     torch.set_num_threads(args.threads)
     backend, _, exact = args.backend.partition("-")
     model = SentenceTransformer(args.model, backend=backend, device="cpu", model_kwargs=FP32 if exact else {})
-    texts = json.loads(args.texts.read_text())
+    texts = json.loads(args.texts.read_text(encoding="utf-8"))
     # normalized or not as the model's own modules have it
     np.save(args.embeddings, model.encode(texts, batch_size=BATCH))
     print("ready", flush=True)

@@ -27,9 +27,11 @@ class TritonPythonModel:
         sys.path.insert(0, str(home / "site-packages"))
         import generation  # beside this file, which only Triton has put on the path
         import prompts
+        import texts
         from tokenizers import Tokenizer
 
-        self.generation, self.prompts = generation, prompts
+        self.generation, self.prompts, self.texts = generation, prompts, texts
+        self.limits = texts.read_limits(json.loads(args["model_config"]))
         self.tokenizer = Tokenizer.from_file(str(home / "tokenizer.json"))
         template = self.settings["chat_template"]
         self.template = prompts.compile_template(template) if template else None
@@ -95,7 +97,7 @@ class Call:
         wish = model.prompts.read_parameters(parameters, model.settings["max_new_tokens"])
         self.stream = wish.pop("stream")
         self.wish, self.next_piece = model.generation.Wish(**wish), model.prompts.next_piece
-        self.prompts = [self.read_prompt(model, name, text) for name, text in read_texts(request)]
+        self.prompts = [self.read_prompt(model, name, text) for name, text in read_texts(model, request)]
         if self.stream and len(self.prompts) > 1:
             raise ValueError(f"stream: expected one text in the request, found {len(self.prompts)}")
         self.tokens, self.reasons = [[] for _ in self.prompts], [None for _ in self.prompts]
@@ -143,17 +145,14 @@ class Call:
         return self.ended
 
 
-def read_texts(request):
+def read_texts(model, request):
     """[(input, text)] of a request's rows, of the one input that it has."""
     tensors = {name: pb_utils.get_input_tensor_by_name(request, name) for name in ("TEXT", "MESSAGES")}
-    tensors = {name: tensor.as_numpy().reshape(-1) for name, tensor in tensors.items() if tensor is not None}
+    tensors = {name: tensor.as_numpy() for name, tensor in tensors.items() if tensor is not None}
     if len(tensors) != 1:
         raise ValueError(f"expected TEXT or MESSAGES in a request, found {' and '.join(tensors) or 'none of them'}")
-    ((name, values),) = tensors.items()
-    try:
-        return [(name, value.decode("utf-8")) for value in values]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name}: expected UTF-8, found {error}; encode the text as UTF-8") from None
+    (name,) = tensors
+    return [(name, text) for text in model.texts.read_texts(tensors, model.limits)]
 
 
 def as_tensor(name, values):

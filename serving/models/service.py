@@ -24,7 +24,7 @@ class TritonPythonModel:
         sys.path.insert(0, str(tokenizer / "site-packages"))
         # what lies beside this file, and the tokenizer's package: only now can they be found
         load = importlib.import_module("tokenizers").Tokenizer.from_file
-        self.common, self.runner = importlib.import_module("answers"), importlib.import_module("runner")
+        self.common, self.runner, self.texts = map(importlib.import_module, ("answers", "runner", "texts"))
         name = self.settings["answers"]
         self.answers = importlib.import_module(f"answers.{name}") if name else None
         self.tokenizer, self.whole = (load(str(tokenizer / "tokenizer.json")) for _ in range(2))
@@ -34,7 +34,8 @@ class TritonPythonModel:
         if "overlap" in self.settings:
             length, overlap = self.settings["max_length"], self.settings["overlap"]
             self.tokenizer.enable_truncation(length, stride=overlap, strategy="only_second")
-        self.largest = json.loads(args["model_config"])["max_batch_size"]
+        config = json.loads(args["model_config"])
+        self.largest, self.limits = config["max_batch_size"], self.texts.read_limits(config)
         self.run = self.ask
         if "graph" in self.settings:
             self.run = self.open_graph(folder)
@@ -72,8 +73,9 @@ class TritonPythonModel:
         try:
             if self.answers:
                 self.common.check_known(parameters_of(request), self.answers.PARAMETERS)
-            columns = [texts_of(request, name) for name in self.settings["takes"]]
-            rows = [{"texts": texts} for texts in zip(*columns, strict=True)]
+            columns = {n: pb_utils.get_input_tensor_by_name(request, n).as_numpy() for n in self.settings["takes"]}
+            texts = self.texts.read_texts(columns, self.limits)
+            rows = [{"texts": text if isinstance(text, tuple) else (text,)} for text in texts]
             for row in rows if "overlap" in self.settings else ():
                 self.answers.read_parameters(parameters_of(request))
                 row["encodings"] = self.answers.encode(self.tokenizer, self.whole, *row["texts"], self.settings)
@@ -84,7 +86,8 @@ class TritonPythonModel:
     def encode_texts(self, requests):
         """Tokens of all rows that are one text each, in one call."""
         rows = [row for rows in requests for row in rows if "encodings" not in row]
-        for row, encoding in zip(rows, self.tokenizer.encode_batch([row["texts"][0] for row in rows]), strict=True):
+        encodings = self.texts.encode(self.tokenizer, [row["texts"][0] for row in rows])
+        for row, encoding in zip(rows, encodings, strict=True):
             row["encodings"] = [encoding]
 
     # --- tokens -> the graph's output ----------------------------------------------
@@ -153,17 +156,6 @@ class TritonPythonModel:
 def parameters_of(request):
     """What the request set, as a dict."""
     return json.loads(request.parameters() or "{}")
-
-
-def texts_of(request, name):
-    """Strings of one input, bytes [batch, 1]. Raises ValueError if one is not UTF-8."""
-    texts = []
-    for row, value in enumerate(pb_utils.get_input_tensor_by_name(request, name).as_numpy().reshape(-1)):
-        try:
-            texts.append(value.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{name}: expected UTF-8, found {error} in row {row}; encode it as UTF-8") from None
-    return texts
 
 
 def failure(message, code):

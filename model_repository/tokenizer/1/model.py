@@ -27,11 +27,14 @@ class TritonPythonModel:
         assets = own.parent.parent / "assets"
         alone = (own / "tokenizer.json").is_file()
         sys.path.insert(0, str((own if alone else assets) / "site-packages"))
+        import texts  # beside this file, which only Triton has put on the path
         from tokenizers import Tokenizer  # only now can it be found
 
+        self.texts = texts
         path = (own if alone else assets / "tokenizer") / "tokenizer.json"
         self.tokenizer = Tokenizer.from_file(str(path))
         config = json.loads(args["model_config"])
+        self.limits = texts.read_limits(config)
         dims = {output["name"]: output["dims"] for output in config["output"]}
         self.inputs, self.outputs = [tensor["name"] for tensor in config["input"]], list(dims)
         length = int(dims["INPUT_IDS"][0])
@@ -49,28 +52,16 @@ class TritonPythonModel:
         for index, request in enumerate(requests):
             start = len(texts)
             try:
-                texts += read_texts(request, self.inputs)
+                columns = {name: pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self.inputs}
+                texts += self.texts.read_texts(columns, self.limits)
             except ValueError as error:
                 errors[index] = str(error)
             spans.append(slice(start, len(texts)))
-        encodings = self.tokenizer.encode_batch(texts)
+        encodings = self.texts.encode(self.tokenizer, texts)
         tensors = {name: np.array([column(e, name) for e in encodings], dtype=np.int64) for name in self.outputs}
         return [
             failure(errors[index]) if index in errors else answer(tensors, span) for index, span in enumerate(spans)
         ]
-
-
-def read_texts(request, names):
-    """The request's texts, bytes [batch, 1] each; pairs where there are two. Raises ValueError if one is not UTF-8."""
-    columns = []
-    for name in names:
-        columns.append([])
-        for row, value in enumerate(pb_utils.get_input_tensor_by_name(request, name).as_numpy().reshape(-1)):
-            try:
-                columns[-1].append(value.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{name}: expected UTF-8, found {error} in row {row}; encode it as UTF-8") from None
-    return columns[0] if len(names) == 1 else list(zip(*columns, strict=True))
 
 
 def column(encoding, name):

@@ -18,6 +18,8 @@ _spec = importlib.util.spec_from_file_location("onnx_runtime", Path(__file__).wi
 _onnx_runtime = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_onnx_runtime)
 
+TOKENS = ("INPUT_IDS", "ATTENTION_MASK", "TOKEN_TYPE_IDS")
+
 
 class TritonPythonModel:
     @staticmethod
@@ -44,10 +46,26 @@ class TritonPythonModel:
             ) from None
 
     def execute(self, requests):
-        """One run for all requests, answers split again along the batch axis."""
-        if not self.batches:
-            return [self.run([request])[0] for request in requests]
-        return self.run(requests)
+        """One run for all requests, answers split again along the batch axis; a bad one fails alone."""
+        errors = [self.find_error(request) for request in requests]
+        good = [request for request, error in zip(requests, errors, strict=True) if not error]
+        together = [good] if self.batches and good else [[request] for request in good]
+        answers = (answer for part in together for answer in self.run(part))
+        return [failure(error, pb_utils.TritonError.INVALID_ARG) if error else next(answers) for error in errors]
+
+    def find_error(self, request):
+        """What is wrong with a request's tokens, in words; "" where nothing is. ONNX Runtime reads an id of -1 as the last."""
+        tokens = {n: pb_utils.get_input_tensor_by_name(request, n).as_numpy() for n in self.inputs if n in TOKENS}
+        if "PAST" not in self.inputs and len({values.shape for values in tokens.values()}) > 1:
+            shapes = ", ".join(f"{name} {list(values.shape)}" for name, values in tokens.items())
+            return f"expected tensors of one shape, found {shapes}"
+        for name, values in tokens.items():
+            if values.size and values.min() < 0:
+                return f"{name}: expected numbers from 0 on, found {values.min()}"
+        mask = tokens.get("ATTENTION_MASK")
+        if mask is not None and mask.size and (mask.max() > 1 or not mask.any(axis=-1).all()):
+            return f"ATTENTION_MASK: expected 0 and 1, and a 1 in each row, found {mask.max()} as the largest"
+        return ""
 
     def run(self, requests):
         """Responses to requests that are executed as one batch."""
@@ -61,7 +79,10 @@ class TritonPythonModel:
         except Exception as error:  # as above
             if len(requests) > 1:  # one bad request must not fail its neighbours
                 return [self.run([request])[0] for request in requests]
-            return [pb_utils.InferenceResponse(error=pb_utils.TritonError(f"ONNX Runtime: {error}"))]
+            if "out of data bounds" in str(error):
+                words = "INPUT_IDS: expected ids of the vocabulary, and no more of them than the model has positions"
+                return [failure(f"{words}; found others", pb_utils.TritonError.INVALID_ARG)]
+            return [failure(f"ONNX Runtime: {error}", pb_utils.TritonError.INTERNAL)]
         results = [result.astype(kind, copy=False) for result, kind in zip(results, self.output_types, strict=True)]
         if len(requests) == 1:
             return [self.response(results)]
@@ -73,3 +94,8 @@ class TritonPythonModel:
     def response(self, arrays):
         """Arrays in the order of the config's outputs -> response."""
         return pb_utils.InferenceResponse([pb_utils.Tensor(n, a) for n, a in zip(self.outputs, arrays, strict=True)])
+
+
+def failure(message, code):
+    """Response that carries only an error."""
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))

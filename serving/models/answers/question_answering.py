@@ -29,8 +29,9 @@ def check_settings(settings, config):
 def read_parameters(parameters):
     """(top_k, max_answer_tokens, no_answer). Raises ValueError."""
     no_answer = parameters.get("no_answer", True)
-    if not isinstance(no_answer, bool):
-        raise ValueError(f"no_answer: expected true or false, found {no_answer!r}")
+    for name in ("no_answer", "logits"):
+        if not isinstance(value := parameters.get(name, True), bool):
+            raise ValueError(f"{name}: expected true or false, found {value!r}")
     top_k = read_count(parameters, "top_k", 1, MAX_TOP_K, "answers of a question")
     longest = read_count(parameters, "max_answer_tokens", MAX_ANSWER_TOKENS, 512, "tokens of an answer")
     return top_k, longest, no_answer

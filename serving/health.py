@@ -1,0 +1,73 @@
+#!/usr/bin/env python3
+"""Ask each service of a running server a real question: Triton calls a model ready whose process is long dead.
+
+Reads:  the health.json of one or more repositories.
+Writes: nothing.
+Run:    python -m serving.health model_repository/health.json
+Prints: "healthy: reviews answered in 12 ms"; or what was wrong, and exits with 1.
+
+A server that refuses because its queue is full is busy, not ill. Of Python's standard library alone, since an image runs
+this file too.
+"""
+
+import argparse
+import json
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+BUSY = (429, 503)
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy of the user's stands before 127.0.0.1
+
+
+def read_question(path):
+    """{"model", "body"} of a health.json."""
+    try:
+        question = json.loads(Path(path).read_text(encoding="utf-8"))
+        return question["model"], question["body"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise SystemExit(
+            f"{path}: expected the question of a health check, found {error!r}; run python -m serving.repository"
+        ) from None
+
+
+def is_loaded(url):
+    """Whether Triton has loaded every model, by its own word."""
+    try:
+        with OPENER.open(f"http://{url}/v2/health/ready", timeout=5) as response:
+            return response.status == 200
+    except (OSError, ValueError):
+        return False
+
+
+def find_fault(url, model, body, timeout_s):
+    """Why a service is not healthy, in words; "" where it answers, or is too busy to."""
+    request = urllib.request.Request(f"http://{url}/v2/models/{model}/generate", json.dumps(body).encode())
+    try:
+        with OPENER.open(request, timeout=timeout_s) as response:
+            response.read()
+    except urllib.error.HTTPError as error:
+        return "" if error.code in BUSY else f"{model}: {error.code} {error.read(300).decode(errors='replace')}"
+    except (OSError, ValueError) as error:
+        return f"{model}: no answer within {timeout_s:g} s: {error}"
+    return ""
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("questions", type=Path, nargs="+", metavar="health.json")
+    parser.add_argument("--url", default="127.0.0.1:8000", help="of the server's HTTP (default: %(default)s)")
+    parser.add_argument("--timeout-s", type=float, default=10, help="for an answer (default: %(default)g)")
+    args = parser.parse_args()
+    for path in args.questions:
+        model, body = read_question(path)
+        started = time.perf_counter()
+        if fault := find_fault(args.url, model, body, args.timeout_s):
+            sys.exit(f"not healthy: {fault}")
+        print(f"healthy: {model} answered in {1e3 * (time.perf_counter() - started):.0f} ms")
+
+
+if __name__ == "__main__":
+    main()
