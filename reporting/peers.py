@@ -2,6 +2,7 @@
 
 import statistics
 
+from core.engines import TITLES
 from reporting.markdown import DETAILS, NOT_MEASURED, caption, listing, number, relative, table
 
 OWN = ("project", "named by the user")
@@ -85,11 +86,14 @@ def comparisons(record):
         if system["kind"] not in OWN or not system["levels"]:
             continue
         for kind, title in RIVALS.items():
-            row, tail = {"": f"{system['name']} ÷ {title}"}, {"": f"p99, {system['name']} ÷ {title}"}
-            for concurrency in record["settings"]["concurrency"]:
-                rival, heading = best(record, kind, concurrency), f"concurrency {concurrency}"
+            rivals = [best(record, kind, c) for c in record["settings"]["concurrency"]]
+            one = rivals[0] if len(set(rivals)) == 1 and rivals[0] else None  # named once, then
+            name = f"{system['name']} ÷ {title}" + (f" ({one})" if one else "")
+            row, tail = {"": name}, {"": f"p99, {name}"}
+            for concurrency, rival in zip(record["settings"]["concurrency"], rivals, strict=True):
+                heading = f"concurrency {concurrency}"
                 found = rival and versus(record, system["name"], rival, concurrency)
-                row[heading] = f"{span(found)}, {rival}" if found else NOT_MEASURED
+                row[heading] = (span(found) + ("" if one else f", {rival}")) if found else NOT_MEASURED
                 pair = [
                     by_name[name].get(str(concurrency), {}).get("latency_p99_ms")
                     for name in (system["name"], rival)
@@ -135,15 +139,17 @@ def section(model):
     lead = (
         f"**{model['title']}**. {caption(record)}. {settings['texts']['count']} texts ({settings['texts']['file']}), one a "
         f"request; {settings['rounds']} rounds, {windows}. A ratio is to the project's window of the same round: the median, "
-        f"and the lowest and the highest. Every system's figures: [{DETAILS}]({relative(model, DETAILS)})."
+        f"and the lowest and the highest. Every system's figures, targets and limits: [{DETAILS}]({relative(model, DETAILS)})."
     )
-    by_parts = [f"{s['name']} ÷" for s in record["systems"] if s.get("executed_by") == "model by model"]
+    chosen = model["choice"] and model["choice"]["chosen"]
+    begin = f"{TITLES[chosen['engine']]}, {chosen['precision']}," if chosen else None
+    own = {s["name"] for s in record["systems"] if begin and s.get("executed_by", "").startswith(begin)}
+    own |= {record["settings"].get("base", "project")}
     missing = [f"{s['name']} ({s['error']})" for s in record["systems"] if "error" in s]
     return [
         lead,
-        table(row for row in comparisons(record) if not any(word in row[""] for word in ("gRPC", "p99", *by_parts))),
+        table(row for row in comparisons(record) if row[""].split(" ÷")[0] in own),
         *([f"Not measured, or not to the end: {'; '.join(missing)}."] if missing else []),
-        *sentences(record),
         f"![Throughput as a multiple of the project's]({relative(model, 'peers.png')})",
     ]
 
@@ -160,4 +166,4 @@ def details(model):
         for s in model["peers"]["systems"]
     )
     record = model["peers"]
-    return [table(speeds(record)), table(comparisons(record)), table(costs(record)), table(rows)]
+    return [*map(table, (speeds(record), comparisons(record), costs(record), rows)), *sentences(record)]

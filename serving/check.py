@@ -200,11 +200,11 @@ def parse_args():
     return parser.parse_args()
 
 
-def main():
-    args = parse_args()
-    names = {}
-    for repository in args.repository:
-        said = check_repository(repository, args.plans)
+def check_all(repositories, plans=False):
+    """Check the repositories of one server; a line about each. Exits with the first disagreement."""
+    names, lines = {}, []
+    for repository in repositories:
+        said = check_repository(repository, plans)
         name = read_card(repository)["service"]["name"]
         if name in names:
             raise SystemExit(
@@ -212,7 +212,13 @@ def main():
                 f"python -m serving.repository --repository {repository} --name NAME"
             )
         names[name] = repository
-        print(f"{repository.name}: {said}; graphs and configs agree")
+        lines.append(f"{repository.name}: {said}; graphs and configs agree")
+    return lines
+
+
+def main():
+    args = parse_args()
+    print(*check_all(args.repository, args.plans), sep="\n")
 
 
 if __name__ == "__main__":

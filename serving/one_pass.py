@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write what a CPU serves of a repository: one model that tokenises, computes and answers in a single process.
+"""Check repositories, and write what a CPU serves of them: one model that tokenises, computes and answers in a single process.
 
 Reads:  --repository: one or more.
 Writes: --output: a folder for each, with the service's model alone; graph and tokenizer stay where they are.
@@ -23,6 +23,7 @@ from core.runner import packed_inputs
 from core.tables import CPU_PRECISIONS, HIDDEN_STATE, PACKED_FILE, PRECISIONS, REFERENCE
 from core.tokens import load_tokenizer
 from serving import generation
+from serving.check import check_all
 from serving.configs import config_text, service_config
 from serving.repository import choose, write_file, write_service
 from tasks.table import GENERATION, OWN
@@ -103,6 +104,7 @@ def parse_args():
 
 def main():
     args = parse_args()
+    print(*check_all(args.repository), sep="\n", file=sys.stderr)
     for number, repository in enumerate(args.repository, 1):
         folder = (args.output / str(number)).resolve()
         said = write_one_pass(repository, folder, args.precision, args.engine)

@@ -262,3 +262,27 @@ def tiny(tmp_path_factory):
 
     folder = made_once(tmp_path_factory, "tiny", make)
     return SimpleNamespace(checkpoint=folder / "tiny-checkpoint", repository=folder / "tiny")
+
+
+# --- the other tasks -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def tasks_folder(tmp_path_factory):
+    from tiny_tasks import make  # it imports torch
+
+    return made_once(tmp_path_factory, "tasks", make)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tasks_folder):
+    """{task: folder of a tiny checkpoint}, and the real MiniLM for sentences."""
+    from tiny_tasks import checkpoints_of
+
+    return checkpoints_of(tasks_folder)
+
+
+@pytest.fixture(scope="session")
+def repositories(tasks_folder, checkpoints):
+    """{task: exported repository}; its service is called as the task."""
+    return {task: tasks_folder / task for task in checkpoints}

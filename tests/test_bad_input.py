@@ -11,7 +11,6 @@ import pytest
 import tritonclient.grpc
 import tritonclient.http
 from conftest import start_server, succeed
-from test_tasks import checkpoints, made, repositories  # noqa: F401 fixtures
 from tritonclient.utils import InferenceServerException
 
 PROTOCOLS = {"http": tritonclient.http, "grpc": tritonclient.grpc}
@@ -192,7 +191,7 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def servers(chain, tiny, repositories):  # noqa: F811
+def servers(chain, tiny, repositories):
     """The services in one server, and the task's own models in another; with what they answer at first."""
     done, ports = start_server(tiny.repository, *repositories.values())
     assert done.returncode == 0, done.stderr

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import MINILM, made_once, post, run_here, start_server, succeed
+from conftest import post, run_here, start_server, succeed
+from tiny_tasks import LABELS, LENGTH, SIZES, save_tiny
 
 import torch2onnx
 from core import checkpoint, files, repository
@@ -21,58 +22,6 @@ PEOPLE = [
     "",
     "antidisestablishmentarianism " * 12,
 ]
-LABELS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-TINY_TASKS = ("token-classification", "question-answering", "fill-mask")
-LENGTH = 64  # of the question answerer's windows
-
-
-def save_tiny(folder, auto_model, **others):
-    """A tiny BERT with a head, whose weights are large enough to tell tokens apart, and MiniLM's tokenizer."""
-    torch.manual_seed(1)
-    config = transformers.BertConfig(vocab_size=30522, **SIZES, **others)
-    model = getattr(transformers, auto_model).from_config(config).eval()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.4)
-    model.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(checkpoint.packaged_folder()).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def made(tmp_path_factory):
-    """Tiny checkpoints of three tasks, and the exports of these and of MiniLM for sentences, which is real."""
-
-    def make(folder):
-        labels = {"id2label": dict(enumerate(LABELS)), "label2id": {name: i for i, name in enumerate(LABELS)}}
-        for task in TINY_TASKS:
-            others = labels if task == "token-classification" else {}
-            save_tiny(folder / "checkpoints" / f"tiny-{task}", TASKS[task].auto_model, **others)
-        for task, model in checkpoints_of(folder).items():
-            options = ["--task", task, "--model", model, "--repository", folder / task]
-            options += ["--max-length", LENGTH] if task == "question-answering" else []
-            options += ["--hidden-state"] if task == "sentence-embedding" else []
-            done = run_here(torch2onnx, *options)
-            assert done.returncode == 0, done.stderr
-
-    return made_once(tmp_path_factory, "tasks", make)
-
-
-def checkpoints_of(folder):
-    return {task: folder / "checkpoints" / f"tiny-{task}" for task in TINY_TASKS} | {"sentence-embedding": MINILM}
-
-
-@pytest.fixture(scope="session")
-def checkpoints(made):
-    """{task: folder of a tiny checkpoint}, and the real MiniLM for sentences."""
-    return checkpoints_of(made)
-
-
-@pytest.fixture(scope="session")
-def repositories(made, checkpoints):
-    """{task: exported repository}; its service is called as the task."""
-    return {task: made / task for task in checkpoints}
 
 
 @pytest.fixture(scope="module")
