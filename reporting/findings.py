@@ -65,23 +65,29 @@ def executed(models):
     cards = [m["card"] for m in models]
     origins = {}  # models of one origin are named together
     for card in cards:
-        origins.setdefault(f"(weights: {card['weights']}; source: {card['source']})", {})[card["name"]] = None
+        source = "pip package" if card["source"].startswith("pip package") else card["source"]
+        origins.setdefault(f"(weights: {card['weights']}; {source})", {})[card["name"]] = None
     named = [f"{md.listing(names)} {origin}" for origin, names in origins.items()]
     sources = {c["source"] for c in cards} | {m["training"]["encoder"]["source"] for m in models if m["training"]}
     own = any(c["name"] == md.OF_RECORD and c["weights"] == "real" for c in cards)
+    machines = {}
+    for e in (record["environment"] for record in records):
+        machines.setdefault(md.machine_of(e).removeprefix(f"{e['cpu']}, "), set()).add(e["cpu"])
     facts = {
         "anything on a GPU": any(r["environment"]["gpu"] for r in records) or any("GPU" in e for e in engines),
         "TensorRT plans": any(m["plans"] for m in models) or any(e.startswith("TensorRT") for e in engines),
         "Docker and the pinned image": set(versions) & TRITON_TENSORRT.keys()
         or any("--docker" in r["environment"]["argv"] for r in records),
         f"{md.OF_RECORD} with its own weights": own,
-        **{f"a download from {name}": any(s.startswith(f"{p}:") for s in sources) for p, name in HUBS.items()},
     }
+    never = [what for what, found in facts.items() if not found]
+    hubs = [name for prefix, name in HUBS.items() if not any(s.startswith(f"{prefix}:") for s in sources)]
+    never += [f"a download from {md.listing(hubs, 'or')}"] if hubs else []
     return [
         f"**What the authors executed.** The models are {md.listing(named)}. What executed them was {md.listing(engines)}"
         f"{f', behind a Triton server of version {md.listing(versions)}' if versions else ''}. Everything was measured on "
-        f"{md.listing(sorted({md.machine_of(r['environment']) for r in records}))}.",
-        f"**What the authors never executed:** {md.listing(what for what, found in facts.items() if not found)}.",
+        f"{md.listing(f'{md.listing(sorted(cpus))} ({rest})' for rest, cpus in machines.items())}.",
+        f"**What the authors never executed:** {md.listing(never)}.",
     ]
 
 
@@ -227,6 +233,6 @@ def results(models, everything):
 def summary(models):
     """The model of record's table and a line on the rest, for the README."""
     record = model_of_record(models)
-    others = [m["title"] for m in models if m is not record]
+    others = dict.fromkeys(m["title"] for m in models if m is not record)
     rest = f"[report.md](report.md) has the findings{f', and also {md.listing(others)}' if others else ''}."
     return [*(result_table(record) if record else [record_line(record)]), rest]

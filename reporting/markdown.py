@@ -23,10 +23,10 @@ def table(rows):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) if rows else f"{NOT_MEASURED.capitalize()}."
 
 
-def listing(items):
+def listing(items, word="and"):
     """a, b and c; none"""
     *rest, end = map(str, items) if (items := list(items)) else ["none"]
-    return f"{', '.join(rest)} and {end}" if rest else end
+    return f"{', '.join(rest)} {word} {end}" if rest else end
 
 
 def number(value, form):

@@ -31,7 +31,9 @@ def deploy(models):
 
 def details(model):
     """The same, and how good the verdicts are."""
-    return [*deploy([model])[:-1], quality_table(model["verdicts"])]
+    note = "The threshold is chosen on the texts that it is then tried on: expect less on new ones."
+    record = model["verdicts"]
+    return [*deploy([model])[:-1], quality_table(record), *([note] if record["threshold"] is not None else [])]
 
 
 def origin(model):
