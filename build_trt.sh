@@ -104,7 +104,7 @@ find_trtexec() {
 
 # Sets major from the line that trtexec prints first: "[TensorRT v101601]" is 10.16.1.
 read_version() {
-  local version log=$LOGS/version.log
+  local version log=$LOGS/version.$$.log
   if [ -n "$dry_run" ] && [ "${trtexec[0]}" = docker ]; then
     version=$(module serving.ask tensorrt)
     major=${version%%.*}
@@ -116,6 +116,7 @@ read_version() {
       fail "${trtexec[*]}: expected a line with its TensorRT version, found none: $(explain "$log")"
     fi
     major=$((version / 10000))
+    rm -f "$log"
   fi
   [ "$major" -ge 10 ] || fail "${trtexec[*]}: expected TensorRT 10 or later, found version $version; use --docker"
   [ -z "$plain" ] || [ "$major" -eq 10 ] || fail "--plain-int8: expected TensorRT 10, found $major, whose trtexec has no precision flags"

@@ -162,9 +162,9 @@ prepare_cpu() {
     "--backend-directory=$backends"
     "--backend-config=python,shm-region-prefix-name=$regions"
     "--exit-timeout-secs=$drain_s"
-    # nobody but this machine's administrator changes what is served, logged or shared
-    "--http-restricted-api=model-repository,logging,trace,shared-memory:administrator=$secret"
-    "--grpc-restricted-protocol=model-repository,logging,trace,shared-memory:administrator=$secret"
+    # nobody but this machine's administrator changes what is logged or shared; loading is off anyway
+    "--http-restricted-api=logging,trace,shared-memory:administrator=$secret"
+    "--grpc-restricted-protocol=logging,trace,shared-memory:administrator=$secret"
     --http-address=127.0.0.1 "--http-port=$http_port"
     --grpc-address=127.0.0.1 "--grpc-port=$grpc_port"
     --metrics-address=127.0.0.1 "--metrics-port=$metrics_port"
@@ -232,7 +232,8 @@ start() {
       "${questions[@]/#/--health=}" -- "${server[@]}")
   fi
   cd "$state" # Python looks there first, and a file of the user's may be called like a package
-  setsid "${server[@]}" >"$state/server.log" 2>&1 </dev/null 9>&- &
+  # Triton 2.51 reads a body by recursion: what ends it with a usual stack is refused with a large one
+  (ulimit -S -s 1048576 2>/dev/null || true && exec setsid "${server[@]}") >"$state/server.log" 2>&1 </dev/null 9>&- &
   pid=$!
   trap 'end_server "$pid"; rm -f "$state/server.pid"' EXIT
   trap 'exit 130' INT

@@ -134,8 +134,9 @@ def write_repository(repository, **service):
         for folder in (before["name"], before["name"] + GRAPH):
             shutil.rmtree(repository / folder, ignore_errors=True)
     (example,) = examples(card, [WARMUP_TEXT])
-    body = dict(zip(task.takes, example if isinstance(example, tuple) else (example,), strict=True))
-    write_json(assets_of(repository) / HEALTH, {"model": name, "body": body})
+    given = zip(task.takes, example if isinstance(example, tuple) else (example,), strict=True)
+    asked = [{"name": n, "shape": [1, 1], "datatype": "BYTES", "data": [text]} for n, text in given]
+    write_json(assets_of(repository) / HEALTH, {"model": name, "body": {"inputs": asked}})
     write_json(assets_of(repository) / RECORD, card)
 
 

@@ -261,3 +261,23 @@ def test_good_and_bad_texts_in_one_batch_do_not_mix(servers):
 def test_memory_stays_bounded(servers):
     """After all of the table, since tests run in the order of the file."""
     assert servers.services.memory_mib() + servers.own.memory_mib() < servers.before + GROWTH_MIB
+
+
+@pytest.mark.parametrize("word", [b"[", b'{"a":'], ids=["lists", "objects"])
+def test_deep_json_is_refused_and_survived(servers, word):
+    """It needs more stack than a thread usually has, and ends Triton 2.51 then."""
+    request = urllib.request.Request(f"http://{servers.services.http}/v2/models/tiny/infer", word * 10**6)
+    with pytest.raises(urllib.error.HTTPError):
+        urllib.request.urlopen(request, timeout=60)
+    still_right(servers, "tiny")
+
+
+def test_a_million_chunks_are_survived(servers):
+    host, port = servers.services.http.split(":")
+    with socket.create_connection((host, int(port)), timeout=120) as connection:
+        connection.sendall(b"POST /v2/models/tiny/infer HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for _ in range(100):
+            connection.sendall(b"1\r\na\r\n" * 10**4)
+        connection.sendall(b"0\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 ")
+    still_right(servers, "tiny")

@@ -159,7 +159,7 @@ def test_a_disk_without_room_leaves_the_graph_that_was_there(exported, tmp_path)
 def test_json_on_a_disk_without_room_is_one_clear_line(tmp_path, monkeypatch):
     (tmp_path / "record.json").write_text("{}")
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("pathlib.Path.write_text", full)

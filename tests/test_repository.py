@@ -177,7 +177,7 @@ def test_an_output_has_one_graph_and_needs_nothing_beside_it(reviews, tmp_path):
     done = write(reviews.repository, "--precision", "BEST", "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     found = {p.name for p in (tmp_path / "out").iterdir()}
-    assert found == {"model.json", "model_TRT_BEST", "postprocess", "reviews", "tokenizer"}
+    assert found == {"health.json", "model.json", "model_TRT_BEST", "postprocess", "reviews", "tokenizer"}
     assert (tmp_path / "out/tokenizer/site-packages/tokenizers/__init__.py").is_file()
     assert check(tmp_path / "out").returncode == 0
     # a stock server has no backend that mends QuantizeLinear in float16
@@ -191,7 +191,7 @@ def test_an_output_of_the_tasks_own_holds_its_record_too(exported, tmp_path):
     done = write(exported.repository, "--precision", "FP16", "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     found = {p.name for p in (tmp_path / "out").iterdir()}
-    assert found == {"model.json", "model_TRT_FP16", "ensemble", "tokenizer"}
+    assert found == {"health.json", "model.json", "model_TRT_FP16", "ensemble", "tokenizer"}
     assert check(tmp_path / "out").returncode == 0
 
 

@@ -223,7 +223,7 @@ REFUSED = [
     ("question-answering", {"QUESTION": "", "CONTEXT": "a"}, "QUESTION: expected text"),
     ("question-answering", {"QUESTION": "a", "CONTEXT": " \n"}, "CONTEXT: expected text"),
     ("question-answering", {"QUESTION": "why " * 80, "CONTEXT": "a"}, "QUESTION: expected at most 29 tokens"),
-    ("question-answering", {"QUESTION": "a", "CONTEXT": "word " * 9000}, "CONTEXT: expected at most 128 windows"),
+    ("question-answering", {"QUESTION": "a", "CONTEXT": "a " * 9000}, "CONTEXT: expected at most 128 windows"),
     ("question-answering", {"QUESTION": "a", "CONTEXT": "b", "top_k": 0}, "top_k: expected 1 to 20"),
     ("question-answering", {"QUESTION": "a", "CONTEXT": "b", "no_answer": "no"}, "no_answer: expected true or false"),
     ("question-answering", {"QUESTION": "a", "CONTEXT": "b", "max_answer_tokens": 0}, "max_answer_tokens: expected 1"),
