@@ -80,9 +80,11 @@ class Runner:
         """
         self.inputs, self.per_token, self.padding = settings["inputs"], settings["per_token"], padding
         self.offset, self.cores = settings["position_offset"], settings["cores"]
-        self.wide = open_graph(self.cores, 1)
-        self.narrow = open_graph(1, self.cores) if self.cores > 1 else self.wide
         self.pool = ThreadPoolExecutor(self.cores)
+        # both at once: a start waits for them
+        narrow = self.pool.submit(open_graph, 1, self.cores) if self.cores > 1 else None
+        self.wide = open_graph(self.cores, 1)
+        self.narrow = narrow.result() if narrow else self.wide
 
     def __call__(self, encodings):
         """The output of each encoding: float32 [length, …] where it has a row per token, else [...]."""

@@ -1,6 +1,7 @@
 """Bad input over HTTP and gRPC to every kind of service: the expected refusal, and a server that goes on as before."""
 
 import json
+import socket
 import subprocess
 import urllib.error
 import urllib.request
