@@ -1,6 +1,7 @@
 """The house itself: what lies at the top, the arrows between modules, the length of files, and how fast -h answers."""
 
 import ast
+import os
 import subprocess
 
 import pytest
