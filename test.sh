@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lint, then test: against the real server with the packaged MiniLM's real weights.
 # Usage: ./test.sh [--examples] [pytest options]
-#   options: those tests, in one process; without any, the whole suite in three: many wait
+#   options: those tests, in one process; without any, the whole suite in two
 #   --examples: also what installs packages of examples or trains their models for minutes
 # Reads:  the whole project. Writes: .venv/, build/test*/.
 # Prints: ruff's, shellcheck's, hadolint's and pytest's summaries.
@@ -30,7 +30,7 @@ main() {
     return
   fi
   # a file's tests share a server, so a file stays in one process
-  "$BIN/python" -m pytest -ra --durations 25 -n 3 --dist loadfile --no-loadscope-reorder
+  "$BIN/python" -m pytest -ra --durations 25 -n 2 --dist loadfile --no-loadscope-reorder
 }
 
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then main "$@"; fi
