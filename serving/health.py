@@ -44,9 +44,8 @@ def is_loaded(url):
 
 def find_fault(url, model, body, timeout_s):
     """Why a service is not healthy, in words; "" where it answers, or is too busy to."""
-    path = (
-        "infer" if "inputs" in body else "generate"
-    )  # only infer tells a full queue apart, a decoupled model has none
+    # infer alone tells a full queue apart; a decoupled model has no infer over HTTP
+    path = "infer" if "inputs" in body else "generate"
     request = urllib.request.Request(f"http://{url}/v2/models/{model}/{path}", json.dumps(body).encode())
     try:
         with OPENER.open(request, timeout=timeout_s) as response:

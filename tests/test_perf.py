@@ -90,16 +90,14 @@ def test_embedders_are_held_against_the_bare_session(measured):
 
 
 @pytest.mark.timing
-def test_serving_keeps_much_of_the_bare_speed(measured):
+def test_serving_does_not_halve_the_bare_speed(measured):
     rows = [r for r in measured.rows if r["model"] in ("ONNX", "TRT_FP32") and r["concurrency"] == 4]
-    assert (
-        min(r["served_to_bare"] for r in rows) > 0.2
-    )  # others may have the processors; the report holds the measured ratio
+    assert min(r["served_to_bare"] for r in rows) > 0.5  # the report holds the measured ratio
 
 
 def test_the_tokenizer_is_far_faster_than_an_embedder(measured):
     speeds = {m: max(r["throughput_infer_per_s"] for r in measured.rows if r["model"] == m) for m in MEASURED}
-    assert speeds["tokenizer"] > 3 * max(speeds[m] for m in MEASURED if m in tables.EMBEDDERS)
+    assert speeds["tokenizer"] > 10 * max(speeds[m] for m in MEASURED if m in tables.EMBEDDERS)
 
 
 def test_the_raw_output_is_that_of_the_last_round(measured):
