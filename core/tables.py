@@ -114,10 +114,8 @@ MAX_BATCH_SIZE = 8  # the largest batch of the plans: --maxShapes of build_trt.s
 OPT_BATCH_SIZE = 4  # the batch that a plan's tactics are chosen for
 OPT_LENGTH = 128  # and the length, where it is dynamic
 
-# what a server accepts before it refuses: requests that wait, seconds that one waits, bytes of a text for each token of
-# the model's length (a token has 4 to 5 characters, a text may be far longer than the model reads), texts of such a
-# size in one request
-MAX_QUEUE_SIZE, QUEUE_TIMEOUT_S = 256, 30
+# what a server accepts before it refuses: bytes of a text for each token of the model's length (a token has 4 to 5
+# characters, a text may be far longer than the model reads), texts of such a size in one request
 BYTES_PER_TOKEN, LARGEST_TEXTS = 512, 4
 
 # the image that builds plans and serves them: the last Triton with TensorRT 10. A plan loads on its own version only

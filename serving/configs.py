@@ -4,16 +4,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from core.repository import EXPORT
-from core.tables import (
-    BYTES_PER_TOKEN,
-    EMBEDDERS,
-    ENGINES,
-    LARGEST_TEXTS,
-    MAX_QUEUE_SIZE,
-    MODELS,
-    QUEUE_TIMEOUT_S,
-    SPANS,
-)
+from core.tables import BYTES_PER_TOKEN, EMBEDDERS, ENGINES, LARGEST_TEXTS, MODELS, SPANS
 from tasks.table import OWN, TASKS
 
 FIELD_ORDER = (
@@ -36,8 +27,8 @@ COMMENTS = {
     "input": "the dims below are those of the export; -1: as long as the longest text of a batch",
     "model_transaction_policy": "one request, many responses: a text in pieces; /infer is for other models, ask /generate",
     "dynamic_batching": "defaults, as Triton's user guide (Batchers) advises for one optimization profile: no preferred\n"
-    "# size; no delay, which costs a lone request more than it brings under load. A request that finds the queue full\n"
-    "# or waits in it past the timeout is refused as UNAVAILABLE",
+    "# size; no delay, which costs a lone request more than it brings under load; no queue policy: with one, Triton\n"
+    "# 2.51's batcher now and then leaves a request lying for half a second (serve.sh --guard bounds what waits)",
     "parameters": "the largest text and the largest request in bytes: more is refused before it is tokenised",
     "instance_group": "one per device: a second one halves a lone request's cores or doubles GPU memory; pinned memory\n"
     "# for its copies is on by default (ModelOptimizationPolicy)",
@@ -65,9 +56,8 @@ def add_texts(config, card):
 
 
 def add_batcher(config):
-    """Requests that wait join one batch; the queue is bounded."""
-    policy = config.dynamic_batching.default_queue_policy
-    policy.max_queue_size, policy.default_timeout_microseconds = MAX_QUEUE_SIZE, QUEUE_TIMEOUT_S * 1_000_000
+    """Requests that wait join one batch."""
+    config.dynamic_batching.SetInParent()
 
 
 def add_limits(config, max_length):

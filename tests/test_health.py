@@ -153,26 +153,3 @@ def test_stop_waits_for_the_requests_in_flight_and_loses_none(place, tmp_path):
     for thread in threads:
         thread.join()
     assert answers == [200] * 8
-
-
-def test_above_its_queue_a_server_refuses_at_once_and_is_well_again_after(place, tmp_path):
-    place.repository = link_copy(place.repository, tmp_path / "tiny")
-    for config in place.repository.glob("*/config.pbtxt"):
-        config.write_text(config.read_text().replace("max_queue_size: 256", "max_queue_size: 2"))
-    assert serve("start", place, "--path", "ensemble").returncode == 0
-    ends, found = time.monotonic() + 4, []
-
-    def ask_on():
-        while time.monotonic() < ends:
-            started = time.monotonic()
-            found.append((ask(place), time.monotonic() - started))
-
-    threads = [threading.Thread(target=ask_on) for _ in range(48)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert {status for status, _ in found} == {200, 503}  # every request got one or the other
-    assert sorted(seconds for _, seconds in found)[len(found) * 99 // 100] < 4
-    time.sleep(1)
-    assert ask(place) == 200

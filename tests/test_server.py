@@ -1,6 +1,9 @@
 """The real server: answers to hard texts, errors for bad requests, starting and stopping."""
 
+import http.client
+import json
 import threading
+import time
 import urllib.error
 import urllib.request
 
@@ -93,6 +96,27 @@ def bytes_input(value):
     tensor = tritonclient.grpc.InferInput("TEXT", [1, 1], "BYTES")
     tensor.set_data_from_numpy(np.array([[value]], dtype=object))
     return [tensor]
+
+
+def test_no_request_is_left_lying_in_the_queue(chain):
+    body, seconds = json.dumps(text_input("hello world")), []
+
+    def ask_on():
+        connection = http.client.HTTPConnection(chain.http)
+        for _ in range(1000):
+            started = time.monotonic()
+            connection.request("POST", "/v2/models/tokenizer/infer", body)
+            assert connection.getresponse().read()
+            seconds.append(time.monotonic() - started)
+
+    threads = [threading.Thread(target=ask_on) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(seconds) == 8000
+    # a batcher with a queue policy sleeps 0.5 s with a request in its queue, some ten times in these
+    assert sum(value > 0.4 for value in seconds) <= 2
 
 
 def test_requests_answered_in_one_batch_get_their_own_answers(chain):
