@@ -20,6 +20,8 @@
 #   --timeout-s N             how long models may load, 300
 #   --drain-s N               how long requests in flight may go on after a stop, 30
 #   --supervise               start the server anew when it dies or no longer answers a question
+#   --guard                   HAProxy in front (deploy/haproxy.cfg): bounds on a body, on the time it takes to
+#                             arrive, and on the requests at a time; above them 413, 408 and 429
 # Reads:  the model repository. Writes: build/serve/<http port>/.
 # Prints: "ready: http 127.0.0.1:8000, grpc 127.0.0.1:8001 (cpu)"
 # The server of the pip package (Triton 2.51) is for programs of this machine that you trust.
@@ -34,6 +36,9 @@ fail() {
   exit "${2:-1}"
 }
 
+# shellcheck source=serving/server_command.sh
+source "$ROOT/serving/server_command.sh"
+
 usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 # Run a module of the project; from its folder, so that nothing in the user's shadows it.
@@ -47,9 +52,10 @@ parse_args() {
     *) fail "expected start, stop, status or run, found '$command'; see -h" 2 ;;
   esac
   device=auto repositories=() path=auto one_pass=()
-  http_port=8000 grpc_port=8001 metrics_port=8002 timeout_s=300 drain_s=30 supervise=no
+  http_port=8000 grpc_port=8001 metrics_port=8002 timeout_s=300 drain_s=30 supervise=no guard=no
   while [ $# -gt 0 ]; do
     if [ "$1" = --supervise ]; then supervise=yes && shift && continue; fi
+    if [ "$1" = --guard ]; then guard=yes && shift && continue; fi
     [ $# -gt 1 ] || fail "$1: expected a value; see -h" 2
     case $1 in
       --device) device=$2 ;;
@@ -119,6 +125,8 @@ check() {
     plain_path "${repositories[i]}"
   done
   plain_path "$ROOT"
+  [ "$guard" = no ] || command -v haproxy >/dev/null ||
+    fail "--guard: expected haproxy on PATH, found none; install the package haproxy of your system, or leave --guard out"
   # the one pass checks for itself: one start of Python less
   [ "$device:$path" = cpu:auto ] || module serving.check "${options[@]}" || exit 1
   # every repository has its own tokenizer and model_ONNX
@@ -128,67 +136,6 @@ check() {
       fail "port $port: expected it free, found a program listening; stop it or choose --http-port, --grpc-port, --metrics-port"
     fi
   done
-}
-
-# A backend folder: Triton's own Python backend with the stub of this Python, ours beside it.
-prepare_cpu() {
-  triton=$("$python" -c 'import importlib.util as u; print(u.find_spec("pytriton").submodule_search_locations[0])' 2>/dev/null)/tritonserver ||
-    fail "expected the package nvidia-pytriton in $python, found none; run ./run.sh or pip install -r requirements.txt"
-  local version stub backend backends=$state/backends
-  version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-  stub=$triton/python_backend_stubs/$version/triton_python_backend_stub
-  [ -e "$stub" ] || fail "expected Python 3.10 to 3.12, found $version; make .venv with one of those"
-  rm -rf "$backends" && mkdir -p "$backends/python"
-  # copies: Triton refuses a backend library that a link leads out of its folder
-  cp "$triton"/backends/python/*.* "$stub" "$backends/python/"
-  for backend in "$ROOT"/serving/backends/*/; do
-    cp -r "$backend" "$backends/"
-    # they find what they import beside themselves, wherever the server was started
-    cp "$ROOT/core/onnx_runtime.py" "$backends/$(basename "$backend")/"
-  done
-  local folders=$state/models served
-  if [ "$path" = auto ]; then
-    served=$(module serving.one_pass "${repositories[@]/#/--repository=}" --output "$folders" "${one_pass[@]}") || exit 1
-    mapfile -t repositories <<<"$served"
-  fi
-  local secret
-  secret=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
-  # the stub takes its packages from the python3 on PATH
-  PATH=$(dirname "$python"):$PATH
-  export PATH LD_LIBRARY_PATH=$triton/../../nvidia_pytriton.libs${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
-  server=(
-    "$triton/bin/tritonserver"
-    "${repositories[@]/#/--model-repository=}" "${shared[@]}"
-    "--backend-directory=$backends"
-    "--backend-config=python,shm-region-prefix-name=$regions"
-    "--exit-timeout-secs=$drain_s"
-    # nobody but this machine's administrator changes what is logged or shared; loading is off anyway
-    "--http-restricted-api=logging,trace,shared-memory:administrator=$secret"
-    "--grpc-restricted-protocol=logging,trace,shared-memory:administrator=$secret"
-    --http-address=127.0.0.1 "--http-port=$http_port"
-    --grpc-address=127.0.0.1 "--grpc-port=$grpc_port"
-    --metrics-address=127.0.0.1 "--metrics-port=$metrics_port"
-  )
-}
-
-prepare_gpu() {
-  has_gpu || fail "--device gpu: expected Docker and an NVIDIA GPU, found neither or one; install both, or use --device cpu"
-  local image mount mounts=() inside=() i target
-  image=$(module serving.ask image)
-  for i in "${!repositories[@]}"; do
-    target=/models && [ "$i" -eq 0 ] || target=/models-$((i + 1))
-    mount=$(module serving.ask mount "${repositories[i]}" "$target") || exit 1
-    mounts+=(--mount "$mount") inside+=("--model-repository=$target")
-    if [ ! -f "${repositories[i]}/model.json" ]; then # the task's own; any other holds all that its server needs
-      mount=$(module serving.ask mount "$(dirname "${repositories[i]}")/assets" /assets) || exit 1
-      mounts+=(--mount "$mount")
-    fi
-  done
-  server=(
-    docker run --rm "--name=triton-$http_port" --gpus all --shm-size=1g --ulimit memlock=-1
-    -p "127.0.0.1:$http_port:8000" -p "127.0.0.1:$grpc_port:8001" -p "127.0.0.1:$metrics_port:8002"
-    "${mounts[@]}" "$image" tritonserver "${inside[@]}" "${shared[@]}"
-  )
 }
 
 # Whether all models are loaded, by Triton's own word.
@@ -201,10 +148,10 @@ ready() {
   [ "$status" = 200 ]
 }
 
-# What a killed server leaves: its models' processes, which are of its group, and their shared memory.
+# What a killed server leaves: its models' processes and its guard, which are of its group, and their shared memory.
 clean_up() {
   local pid
-  if read -r pid _ 2>/dev/null <"$state/server.pid"; then pkill -KILL -g "$pid" -f "stub .* $regions" || true; fi
+  if read -r pid _ 2>/dev/null <"$state/server.pid"; then pkill -KILL -g "$pid" -f "stub .* $regions|haproxy .*$state" || true; fi
   rm -f "$state/server.pid" "/dev/shm/$regions"*
 }
 
@@ -245,6 +192,7 @@ start() {
 
 # Triton ends by itself on SIGTERM, when the requests in flight are answered; kill only after a while.
 end_server() {
+  pkill -USR1 -f "haproxy .*$state/haproxy.pid" || true # the guard takes nothing new, and ends with what it has
   kill -TERM "$1" 2>/dev/null || return 0
   local deadline=$((SECONDS + drain_s + 10))
   # a zombie is gone too: in a container nobody may be there to reap it

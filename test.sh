@@ -20,7 +20,7 @@ main() {
   ./install.sh
   "$BIN/ruff" check --config .ci/ruff.toml .
   "$BIN/ruff" format --config .ci/ruff.toml --check .
-  "$BIN/shellcheck" ./*.sh deploy/*.sh .ci/run
+  "$BIN/shellcheck" ./*.sh deploy/*.sh serving/*.sh .ci/run
   echo "shellcheck: no findings"
   "$BIN/hadolint" deploy/Dockerfile
   echo "hadolint: no findings"

@@ -6,7 +6,7 @@ Writes: nothing.
 Run:    python -m serving.health model_repository/health.json
 Prints: "healthy: reviews answered in 12 ms"; or what was wrong, and exits with 1.
 
-A server that refuses because its queue is full is busy, not ill. Of Python's standard library alone, since an image runs
+A guard that refuses because of too many requests (429) shows a busy server, not an ill one. Of Python's standard library alone, since an image runs
 this file too.
 """
 
@@ -18,7 +18,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-BUSY = (429, 503)
+BUSY = 429  # what the guard of serve.sh answers above its limit
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy of the user's stands before 127.0.0.1
 
 
@@ -44,14 +44,14 @@ def is_loaded(url):
 
 def find_fault(url, model, body, timeout_s):
     """Why a service is not healthy, in words; "" where it answers, or is too busy to."""
-    # infer alone tells a full queue apart; a decoupled model has no infer over HTTP
+    # a decoupled model has no infer over HTTP
     path = "infer" if "inputs" in body else "generate"
     request = urllib.request.Request(f"http://{url}/v2/models/{model}/{path}", json.dumps(body).encode())
     try:
         with OPENER.open(request, timeout=timeout_s) as response:
             response.read()
     except urllib.error.HTTPError as error:
-        return "" if error.code in BUSY else f"{model}: {error.code} {error.read(300).decode(errors='replace')}"
+        return "" if error.code == BUSY else f"{model}: {error.code} {error.read(300).decode(errors='replace')}"
     except (OSError, ValueError) as error:
         return f"{model}: no answer within {timeout_s:g} s: {error}"
     return ""
