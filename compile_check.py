@@ -12,13 +12,13 @@ SM 80 (A100), 86, 89 and 120; it covers neither SM 75 (T4) nor SM 90 (H100). Its
 this checks the graphs only: build_trt.sh makes the plans, and only the real TensorRT proves that they are built.
 """
 
-import argparse
 import sys
 import time
 from pathlib import Path
 
 from tqdm import tqdm
 
+from core.arguments import make_parser
 from core.files import REPOSITORY, RESULTS, sha256, write_json
 from core.record import environment_record, results_folder
 from core.repository import EXPORT, graph_path, present, read_card
@@ -97,7 +97,7 @@ def compile_all(trt, graphs, architectures, sizes):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("graphs", type=Path, nargs="*", help="other ONNX files; their result is printed only")
     parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--repository", type=Path, default=REPOSITORY)

@@ -11,11 +11,11 @@ Prints: the table of results. --check writes nothing and fails if a text or pict
         or was drawn by older code.
 """
 
-import argparse
 import re
 import sys
 from pathlib import Path
 
+from core.arguments import make_parser
 from core.files import RESULTS, ROOT, read_json, replace_when_done
 from reporting.findings import KINDS
 from reporting.markdown import DETAILS, is_encoder
@@ -90,7 +90,7 @@ def fill_blocks(path, texts):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a text or picture is out of date")
     parser.add_argument("--results", type=Path, default=RESULTS)
     own = [ROOT / "report.md", ROOT / "README.md"]

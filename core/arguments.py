@@ -1,6 +1,8 @@
 """Options that several scripts have; nothing heavy is imported, so that -h answers at once."""
 
 import argparse
+import io
+import sys
 from pathlib import Path
 
 DEFAULT_MODEL = "distilbert/distilbert-base-uncased"
@@ -11,7 +13,9 @@ QUICK_STEPS = 20  # of a training with --quick
 
 
 def make_parser(description):
-    """A parser whose help is the script's docstring as it stands."""
+    """A parser whose help is the script's docstring as it stands; what is printed is UTF-8 in every locale."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")
     return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 

@@ -1,6 +1,6 @@
 """The marked blocks of report.md and README.md, and the tables of one model: which section stands where."""
 
-from reporting import complexity, findings, length, peers, quality, services, speed, targets, verdicts
+from reporting import complexity, findings, length, peers, quality, services, speed, survived, targets, verdicts
 from reporting.markdown import DETAILS, NOT_MEASURED, listing, relative
 
 
@@ -27,12 +27,13 @@ def blocks(models):
         "embedders": of_record("perf", "Throughput and latency against concurrency", speed.performance),
         "deviations": [
             *of_record("quality", "Share of texts against relative L2 error", quality.deviations),
-            quality.similarity(models),
+            quality.similarity([m for m in models if m["sts"] and m["sts"]["pairs"]] or models),
         ],
         "complexity": of_record("complexity", "Roofline of every kind of layer", complexity.summary),
         "int8": of_record("sensitivity", "Quality against the share in INT8", lambda _: [quality.searches(models)]),
         "deploy": verdicts.deploy(models),
         "services": services.services(models),
+        "survived": survived.survived(models),
         "peers": peers.peers(models),
         "plans": quality.plans(models),
         "summary": findings.summary(models),
@@ -63,6 +64,7 @@ def details(model):
         ("choice", "Engine and precision on this CPU", services.details),
         ("generation", "Generated tokens", services.generation),
         ("length", "Cost over length", length.details),
+        ("soak", "What it survived", survived.details),
         ("complexity", "Complexity", lambda m: complexity.summary(m) + complexity.details(m)),
         ("sensitivity", "Search for INT8", quality.search),
     )

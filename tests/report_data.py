@@ -94,6 +94,17 @@ def write_generation(folder, model):
     write(folder, "generation", record(model, server=server, texts="texts.txt", max_new_tokens=32, rows=rows))
 
 
+def write_survival(folder, model):
+    run = {
+        "seconds": 1800, "clients": 8, "kinds_of_bad_requests": 10, "largest_deviation": 0.02,
+        "outcomes": {"good, right": 800, "good, busy": 1, "bad, refused": 199, "bad, wrong": 1},
+        "memory_mib": [[0, 400.0], [1000, 401.0]], "mib_per_100000_requests": 1.5, "standard_error": 2.0,
+    }  # fmt: skip
+    write(folder, "soak", record(model, runs={"INT8": run}))
+    load = {"clients": 400, "seconds": 30, "outcomes": {"right": 9, "refused": 5}, "p99_s_of_answered": 1.25}
+    write(folder, "recovery", record(model, kills={"the server, SIGKILL": 12.3, "the guard": None}, overload=load))
+
+
 def generator():
     service = {"precision": "ONNX", "name": "chat", "max_batch_size": 8}
     return card(name="smollm2", task="text-generation", max_error_to_torch=1.5e-6, service=service)

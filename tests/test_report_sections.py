@@ -130,6 +130,21 @@ def test_a_service_that_generates_is_a_row_and_has_a_table_of_its_ways(place):
     assert report(place, "--check").returncode == 0
 
 
+def test_what_a_service_survived_is_counted_by_outcome(place):
+    place.text.write_text(data.TEXT + "\n<!-- begin survived -->\nold\n<!-- end survived -->\n")
+    assert "Not measured." in block(written(place), "survived")
+    data.write_survival(place.results / "reviews" / "a-cpu", data.classifier())
+    text = block(written(place), "survived")
+    assert "| reviews, INT8 | 30 | 800 | 0 | 0 | 200 | 1 | 400, 401 | +1.5 ± 2.0 |" in text
+    assert (
+        "12.3 s after the server, SIGKILL, not measured s after the guard" not in text
+    )  # no seconds of what never came
+    assert "12.3 s after the server, SIGKILL" in text and "never after the guard" in text
+    assert "400 clients at once for 30 s: 5 refused, 9 right" in text and "1.2 s or more" in text
+    tables = (place.results / "reviews" / "a-cpu" / "tables.md").read_text()
+    assert "## What it survived" in tables and "+1.5 ± 2.0" in tables
+
+
 # --- verdicts ------------------------------------------------------------------------
 
 
