@@ -43,7 +43,7 @@ BAD = {
     "another name": {"TXT": "a"},
     "an unknown parameter": {"TEXT": "a", "nonsense": 1},
     "a number": {"TEXT": 7},
-    "a list in a list": {"TEXT": [["a"], "b"]},
+    "an object": {"TEXT": {"a": 1}},
     "no JSON": b"{",
     "not UTF-8": b'{"TEXT": "\xff\xfe"}',
     "ten thousand brackets": b"[" * 10_000,
