@@ -33,7 +33,7 @@ def blocks(models):
         "int8": of_record("sensitivity", "Quality against the share in INT8", lambda _: [quality.searches(models)]),
         "deploy": verdicts.deploy(models),
         "services": services.services(models),
-        "survived": survived.survived(models),
+        "survived": survived.survived(everything),
         "peers": peers.peers(models),
         "plans": quality.plans(models),
         "summary": findings.summary(models),

@@ -30,7 +30,7 @@ from core.files import RESULTS, TEXTS, read_json, read_texts, write_json
 from core.onnx_runtime import open_session
 from core.record import environment_record, results_folder
 from core.repository import graph_path, present, read_card, tokenizer_path
-from core.tables import LOGITS, model_key
+from core.tables import LOGITS, REFERENCE, model_key
 from core.tokens import encode, load_tokenizer
 from tasks.table import OWN, TASKS
 
@@ -53,7 +53,8 @@ BAD = {
 def expected_answers(repository, card, texts, precision):
     """[{output: (array, tolerance)}] of each text alone, by the graphs in this process."""
     tokenizer, task = load_tokenizer(tokenizer_path(repository)), TASKS[card["task"]]
-    keys = present(repository) if card["task"] == OWN else [model_key(precision)]
+    there = present(repository)
+    keys = there if card["task"] == OWN else [model_key(precision) if model_key(precision) in there else REFERENCE]
     sessions = {key: open_session(graph_path(repository, key)) for key in keys}
     name = (lambda key: f"{task.output}_{key}") if card["task"] == OWN else lambda _: task.output
     answers = []
