@@ -214,8 +214,8 @@ def result_table(model):
     """The table of one encoder."""
     high = (model["perf"] and common_concurrency(model["perf"])) or 8
     keys = [*EMBEDDERS, EMULATED] if EMULATED in averages(model) else EMBEDDERS
-    captions = dict.fromkeys(md.caption(model[kind]) for kind in ("quality", "perf") if model[kind])
-    return [f"**{model['title']}**. {' | '.join(captions)}.", md.table(result_row(model, key, high) for key in keys)]
+    caption = md.caption(*(model[kind] for kind in ("quality", "perf") if model[kind]))
+    return [f"**{model['title']}**. {caption}.", md.table(result_row(model, key, high) for key in keys)]
 
 
 def results(models, everything):

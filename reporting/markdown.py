@@ -58,11 +58,16 @@ def machine_of(environment):
     return f"{e['cpu']}, {e['cores']} cores, {e['memory_gib']} GiB, {gpu}"
 
 
-def caption(record):
-    """One line: machine, date, code."""
-    e = record["environment"]
-    commit = f"commit {e['commit'][:10]}{' with changes' if e['dirty'] else ''}" if e["commit"] else "no commit"
-    return f"{machine_of(e)}; {e['utc'][:10]}; {commit}"
+def caption(*records):
+    """One line: each machine, with the dates and the commits of what was measured there."""
+    machines = {}
+    for e in (record["environment"] for record in records):
+        commit = f"commit {e['commit'][:10]}{' with changes' if e['dirty'] else ''}" if e["commit"] else "no commit"
+        machines.setdefault(machine_of(e), {}).setdefault(e["utc"][:10], {})[commit] = True
+    return " and ".join(
+        "; ".join([machine, *(f"{date}; {listing(commits)}" for date, commits in sorted(dates.items()))])
+        for machine, dates in machines.items()
+    )
 
 
 def on_gpu(record):

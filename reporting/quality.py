@@ -122,15 +122,20 @@ def plans(models):
     """The plans there are, and what the compile check says of the graphs."""
     rows = [plan_cells(m, p, row) for m in models if m["plans"] for p, row in m["plans"]["plans"].items() if row]
     parts = [table(rows) if rows else "Plans: not built. A plan needs a GPU."]
-    return parts + [compile_line(m["title"], m["compile"]) for m in models if m["compile"]]
+    lines = {}
+    for model in (m for m in models if m["compile"]):
+        lines.setdefault(compile_line(model["compile"]), []).append(model)
+    for line, of in lines.items():
+        parts.append(f"**{listing(m['title'] for m in of)}**: {line} {caption(*(m['compile'] for m in of))}.")
+    return parts
 
 
-def compile_line(title, record):
+def compile_line(record):
     """How many pairs of a graph and an architecture were compiled, and which were refused."""
     rows = record["rows"]
     refused = [f"{r['graph']} for {r['architecture']}: {r['error']}" for r in rows if r["error"]]
     return (
-        f"**{title}**: {len(rows) - len(refused)} of {len(rows)} pairs of a graph and an architecture compiled with TensorRT for "
-        f"RTX {record['tensorrt_rtx']} ({listing(dict.fromkeys(r['architecture'] for r in rows))}). {caption(record)}."
+        f"{len(rows) - len(refused)} of {len(rows)} pairs of a graph and an architecture compiled with TensorRT for "
+        f"RTX {record['tensorrt_rtx']} ({listing(dict.fromkeys(r['architecture'] for r in rows))})."
         f"{' Refused: ' + '; '.join(refused) + '.' if refused else ''}"
     )

@@ -1,6 +1,6 @@
 """The section on services: a row per exported checkpoint of another task than the task's own."""
 
-from reporting.markdown import DETAILS, NOT_MEASURED, caption, is_encoder, listing, percent, relative, table
+from reporting.markdown import DETAILS, NOT_MEASURED, caption, is_encoder, percent, relative, table
 from reporting.speed import levels
 
 SERVICE = "ensemble"  # key of the whole service in perf.json, texts to answers
@@ -103,6 +103,7 @@ def services(models):
     shown = [m for m in models if not is_encoder(m) and (m["perf"] or m["generation"])]
     if not shown:
         return [f"Services of other tasks: {NOT_MEASURED}."]
-    captions = listing(dict.fromkeys(caption(m["perf"] or m["generation"]) for m in shown))
-    lead = f"Texts go in and answers come out, over the server. {captions}."
+    lead = (
+        f"Texts go in and answers come out, over the server. {caption(*(m['perf'] or m['generation'] for m in shown))}."
+    )
     return [table(map(row, shown)), lead, *chosen(models)]

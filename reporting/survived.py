@@ -8,6 +8,7 @@ def soak(model):
     rows = []
     for precision, run in model["soak"]["runs"].items():
         found, memory = run["outcomes"], run["memory_mib"]
+        bad, refused = sum(n for k, n in found.items() if k.startswith("bad")), found.get("bad, refused", 0)
         rows.append(
             {
                 "service": f"{model['title']}, {precision}",
@@ -17,7 +18,7 @@ def soak(model):
                     n for k, n in found.items() if k.startswith("bad")
                 ),
                 "of these not refused": sum(n for k, n in found.items() if k.startswith("bad") and "refused" not in k),
-                "MiB at first, at last": f"{memory[0][1]:.0f}, {memory[-1][1]:.0f}",
+                "MiB at first / at last": f"{memory[0][1]:.0f} / {memory[-1][1]:.0f}",
                 "MiB for each 100,000 requests": f"{run['mib_per_100000_requests']:+.1f} ± {run['standard_error']:.1f}",
             }
         )

@@ -135,7 +135,7 @@ def test_what_a_service_survived_is_counted_by_outcome(place):
     assert "Not measured." in block(written(place), "survived")
     data.write_survival(place.results / "reviews" / "a-cpu", data.classifier())
     text = block(written(place), "survived")
-    assert "| reviews, INT8 | 30 | 800 | 0 | 0 | 200 | 1 | 400, 401 | +1.5 ± 2.0 |" in text
+    assert "| reviews, INT8 | 30 | 800 / 0 / 0 | 199 / 1 | 400 / 401 | +1.5 ± 2.0 |" in text
     assert (
         "12.3 s after the server, SIGKILL, not measured s after the guard" not in text
     )  # no seconds of what never came
