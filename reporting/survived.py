@@ -13,11 +13,10 @@ def soak(model):
             {
                 "service": f"{model['title']}, {precision}",
                 "minutes": f"{run['seconds'] / 60:.0f}",
-                **{f"good, {word}": found.get(f"good, {word}", 0) for word in ("right", "wrong", "lost")},
-                f"bad, of {run['kinds_of_bad_requests']} kinds": sum(
-                    n for k, n in found.items() if k.startswith("bad")
+                "good requests: right / wrong / lost": " / ".join(
+                    str(found.get(f"good, {word}", 0)) for word in ("right", "wrong", "lost")
                 ),
-                "of these not refused": sum(n for k, n in found.items() if k.startswith("bad") and "refused" not in k),
+                f"bad ones, {run['kinds_of_bad_requests']} kinds: refused / not": f"{refused} / {bad - refused}",
                 "MiB at first / at last": f"{memory[0][1]:.0f} / {memory[-1][1]:.0f}",
                 "MiB for each 100,000 requests": f"{run['mib_per_100000_requests']:+.1f} ± {run['standard_error']:.1f}",
             }
