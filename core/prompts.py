@@ -6,10 +6,12 @@ Whatever is wrong with a request raises ValueError with the words that the clien
 
 import json
 import math
+import re
 
 PARAMETERS = ("max_new_tokens", "temperature", "top_p", "seed", "stream")
 DEFAULT_NEW_TOKENS = 64  # of a request that asks for none, where the service's limit is not below it
 ROLES = ("system", "user", "assistant")
+HALF_A_PAIR = re.compile("[\ud800-\udfff]")  # JSON can write a surrogate alone, which is no character
 UNFINISHED = "\ufffd"  # what a tokenizer makes of a character of which not all bytes have come
 
 
@@ -71,7 +73,7 @@ def read_messages(text):
     form = 'send a JSON list such as [{"role": "user", "content": "Hello"}]'
     try:
         messages = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"MESSAGES: expected JSON, found: {error}; {form}") from None
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"MESSAGES: expected a list with a message at least, found {str(messages)[:60]}; {form}")
@@ -84,7 +86,7 @@ def read_messages(text):
             raise ValueError(
                 f"MESSAGES: expected a role of {', '.join(ROLES)} in message {number}, found {str(message['role'])[:60]!r}"
             )
-        if not isinstance(message["content"], str):
+        if not isinstance(message["content"], str) or HALF_A_PAIR.search(message["content"]):
             raise ValueError(
                 f"MESSAGES: expected a text as content of message {number}, found {message['content']!r:.60}"
             )

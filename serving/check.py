@@ -216,9 +216,20 @@ def check_all(repositories, plans=False):
     return lines
 
 
+def check_generating(repositories):
+    """Exit where several services of one server would ask for a decoder: Triton finds a model by a name that is the only one."""
+    found = [repository for repository in repositories if generation.is_generation(read_card(repository))]
+    if len(found) > 1:
+        raise SystemExit(
+            f"{found[1]}: expected one service that generates in a server of graphs, found {found[0]} too; start a server "
+            "for each, or on a CPU leave out --path ensemble"
+        )
+
+
 def main():
     args = parse_args()
     print(*check_all(args.repository, args.plans), sep="\n")
+    check_generating(args.repository)
 
 
 if __name__ == "__main__":

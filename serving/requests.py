@@ -211,7 +211,9 @@ def stream_http(server, model, row, outputs, parameters):
         try:
             response = opener.open(urllib.request.Request(url, json.dumps(body).encode()), timeout=server.timeout_s)
         except urllib.error.HTTPError as error:
-            raise FailedError(json.loads(error.read())["error"]) from None
+            # an event where the model refused, before any piece
+            found = json.loads(error.read().removeprefix(b"data:"))["error"]
+            raise FailedError(" ".join(found.split())) from None
     with response:
         while line := read_line(server, response, deadline):
             event = json.loads(line.removeprefix(b"data:")) if line.startswith(b"data:") else {}

@@ -286,3 +286,11 @@ def checkpoints(tasks_folder):
 def repositories(tasks_folder, checkpoints):
     """{task: exported repository}; its service is called as the task."""
     return {task: tasks_folder / task for task in checkpoints}
+
+
+@pytest.fixture(scope="session")
+def generators(tmp_path_factory):
+    """Folder of two tiny services that generate, llama and t5, of llama-checkpoint and t5-checkpoint."""
+    from tiny_generators import make  # as above
+
+    return made_once(tmp_path_factory, "generators", make)

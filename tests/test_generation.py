@@ -11,26 +11,21 @@ from types import SimpleNamespace
 import pytest
 import tritonclient.grpc
 from conftest import run, start_server, succeed
-from tiny_generators import TEMPLATE, TEXTS, make_model, make_tokenizer, save_generator
+from tiny_generators import TASKS, TEMPLATE, TEXTS, make_model, make_tokenizer
 
 from core.onnx_runtime import open_session
 from core.repository import read_card
 from serving.generation_speed import served_answers
 from tasks import generation_check, generation_graphs
 
-TASKS = {"llama": "text-generation", "t5": "text2text-generation"}
-
 
 @pytest.fixture(scope="module", params=TASKS)
-def served(request, tmp_path_factory):
+def served(request, generators, tmp_path_factory):
     """Each of the two tasks, exported by the script and served graph by graph, as on a GPU."""
-    folder, kind = tmp_path_factory.mktemp("generation"), request.param
-    found = SimpleNamespace(kind=kind, repository=folder / kind, texts=folder / "texts.txt", results=folder / "results")
-    found.checkpoint = save_generator(folder / f"{kind}-checkpoint", kind, TEMPLATE if kind == "llama" else None)
-    found.texts.write_text("\n".join([*TEXTS, *TEXTS[:4], "word1 " * 60]))  # the last is longer than a prompt may be
-    options = ("--repository", found.repository, "--texts", found.texts, "--max-length", 40, "--max-new-tokens", 100)
-    done = succeed("torch2onnx.py", "--task", TASKS[kind], "--model", found.checkpoint, *options)
-    found.printed = done.stdout + done.stderr
+    kind = request.param
+    found = SimpleNamespace(kind=kind, repository=generators / kind, checkpoint=generators / f"{kind}-checkpoint")
+    found.texts, found.results = generators / "texts.txt", tmp_path_factory.mktemp("results")
+    found.printed = (generators / f"{kind}.printed").read_text()
     done, (http, grpc) = start_server(found.repository, path="ensemble")
     assert done.returncode == 0, done.stderr
     found.http, found.card = f"127.0.0.1:{http}", read_card(found.repository)
@@ -175,56 +170,15 @@ def test_the_loop_ends_when_the_client_leaves(served):
     assert stopped - before < min(100, len(ask_pieces(served, TEXTS[1], max_new_tokens=100)))
 
 
-REFUSED = [
-    ({"max_new_tokens": 0}, "max_new_tokens: expected a whole number from 1 to 100, found 0"),
-    ({"max_new_tokens": -3}, "from 1 to 100, found -3"),
-    ({"max_new_tokens": 101}, "from 1 to 100, found 101"),
-    ({"max_new_tokens": 2.5}, "found 2.5"),
-    ({"max_new_tokens": "many"}, "found 'many'"),
-    ({"temperature": -1}, "temperature: expected a number from 0, found -1"),
-    ({"temperature": 1, "top_p": 0}, "top_p: expected above 0"),
-    ({"temperature": 1, "top_p": 1.5}, "top_p: expected a number from 0 to 1"),
-    ({"top_p": 0.5}, "top_p: expected a temperature above 0"),
-    ({"seed": -1}, "seed: expected"),
-    ({"stream": "perhaps"}, "stream: expected true or false"),
-    ({"top_k": 5}, "top_k: expected one of the parameters max_new_tokens"),
-]
-
-
-@pytest.mark.parametrize(("parameters", "message"), REFUSED)
-def test_a_wrong_parameter_is_refused(served, parameters, message):
-    status, answer = post(served, {"TEXT": "word1", "parameters": parameters})
-    assert status == 400 and message in json.loads(answer)["error"]
-
-
-def test_a_prompt_that_is_too_long_is_refused_with_both_numbers(served):
-    status, answer = post(served, {"TEXT": "word1 " * 60})
-    assert status == 400 and "1 to 40 tokens" in answer and "found 60" in answer
-
-
-CHATS = [
-    ("no json", "MESSAGES: expected JSON"),
-    ("[]", "expected a list with a message"),
-    ('["hello"]', "expected role and content in message 0"),
-    ('[{"role": "robot", "content": "a"}]', "expected a role of system, user, assistant in message 0, found 'robot'"),
-    ('[{"role": "user", "content": 1}]', "expected a text as content"),
-]
-
-
 def test_a_chat_goes_through_the_template(served):
     chat = [{"role": "user", "content": "word1 word2"}]
     status, answer = post(served, {"MESSAGES": json.dumps(chat), "parameters": {"max_new_tokens": 9}})
     if served.kind == "t5":
-        assert status >= 400
+        assert status == 400 and "TEXT" in answer
         return
     ids = make_tokenizer(TEMPLATE).apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
     (tokens,) = generation_check.greedy_tokens(make_model("llama"), served.card, [ids], 9)
     assert json.loads(answer)["GENERATED"] == make_tokenizer().decode(tokens, skip_special_tokens=True)
-    for text, message in CHATS:
-        status, answer = post(served, {"MESSAGES": text})
-        assert status == 400 and message in json.loads(answer)["error"]
-    status, answer = post(served, {"MESSAGES": json.dumps(chat), "TEXT": "word1"})
-    assert status == 400 and "expected TEXT or MESSAGES" in answer
 
 
 def test_fp16_is_made_and_switched_to(served, tmp_path):
@@ -263,6 +217,7 @@ def test_a_graph_of_another_export_is_found(served, tmp_path):
     path = served.repository / "decoder/1/model.onnx"
     content = path.read_bytes()
     assert run("serving.check", "--repository", served.repository).returncode == 0
+    path.unlink()  # a link to the file that other tests have
     path.write_bytes(content[:-200])
     try:
         done = run("serving.check", "--repository", served.repository)

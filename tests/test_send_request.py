@@ -190,8 +190,9 @@ def test_texts_that_fail_are_named_and_the_others_are_answered(server, tmp_path)
         "text 4: NUMBERS: expected FP32 [3], found '[1,2]'",
     ]
     for stream, shown in ((("--stream",), ["eins fail\teins ", "zwei\tzwei "]), ((), ["zwei\tzwei "])):
-        done = send(server, "-m", "words", "-o", "PIECE", *stream, "eins fail", "zwei")
-        assert done.returncode == 1 and done.stdout.splitlines() == shown and done.stderr == "text 1: told to fail\n"
+        done = send(server, "-m", "words", "-o", "PIECE", *stream, "eins fail", "fail", "zwei")
+        assert done.returncode == 1 and done.stdout.splitlines() == shown
+        assert done.stderr == "text 1: told to fail\ntext 2: told to fail\n"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Every task beside the classifier, from a checkpoint to the answers of the real server, each held against an oracle."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -222,7 +223,7 @@ def test_the_pooling_is_that_of_the_checkpoint(tmp_path, config, words):
 REFUSED = [
     ("question-answering", {"QUESTION": "", "CONTEXT": "a"}, "QUESTION: expected text"),
     ("question-answering", {"QUESTION": "a", "CONTEXT": " \n"}, "CONTEXT: expected text"),
-    ("question-answering", {"QUESTION": "why " * 80, "CONTEXT": "a"}, "QUESTION: expected at most 29 tokens"),
+    ("question-answering", {"QUESTION": "why " * 30, "CONTEXT": "a"}, "leave room for the context; found 30"),
     ("question-answering", {"QUESTION": "a", "CONTEXT": "a " * 9000}, "CONTEXT: expected at most 128 windows"),
     ("question-answering", {"QUESTION": "a", "CONTEXT": "b", "top_k": 0}, "top_k: expected 1 to 20"),
     ("question-answering", {"QUESTION": "a", "CONTEXT": "b", "no_answer": "no"}, "no_answer: expected true or false"),
@@ -242,6 +243,23 @@ REFUSED = [
 def test_bad_requests_get_a_clear_400(services, task, body, words):
     status, answer = ask(services, task, **body)
     assert status == 400 and words in answer["error"], answer
+
+
+def test_the_longest_question_is_answered(services):
+    status, answer = ask(services, "question-answering", QUESTION="why " * 29, CONTEXT="because")
+    assert status == 200, answer
+
+
+@pytest.mark.parametrize("task", ["question-answering", "token-classification"])
+def test_a_tokenizer_without_the_places_of_its_tokens_is_refused(checkpoints, tmp_path, task):
+    folder = shutil.copytree(checkpoints[task], tmp_path / "slow")
+    words = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.txt").write_text("\n".join(sorted(words, key=words.get)), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "EsmTokenizer"}')  # written in Python alone
+    done = run_here(torch2onnx, "--task", task, "--model", folder, "--repository", tmp_path / "repository")
+    assert done.returncode == 1 and not (tmp_path / "repository").exists()
+    assert "expected a fast tokenizer with a padding token, found EsmTokenizer" in done.stderr
 
 
 @pytest.mark.parametrize(("task", "other"), [("question-answering", "fill-mask"), ("ner", "question-answering")])

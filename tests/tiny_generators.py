@@ -1,5 +1,9 @@
-"""Tiny generating checkpoints with seeded weights, and a tokenizer whose tokens are words."""
+"""Tiny generating checkpoints with seeded weights, a tokenizer whose tokens are words, and exports made once for all tests."""
 
+from conftest import succeed
+
+TASKS = {"llama": "text-generation", "t5": "text2text-generation"}  # of the exports
+MAX_LENGTH, MAX_NEW_TOKENS = 40, 100
 WORDS = [f"word{i}" for i in range(280)]
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<|user|>", "<|end|>")
 TEXTS = ["word1", " ".join(WORDS[5:14]), " ".join(WORDS[40:43]), " ".join(WORDS[90:120]), " ".join(WORDS[7:200:12])]
@@ -76,3 +80,14 @@ def save_generator(folder, kind, chat_template=None, seed=0):
     make_model(kind, seed).save_pretrained(folder)
     make_tokenizer(chat_template).save_pretrained(folder)
     return folder
+
+
+def make(folder):
+    """Both tasks' checkpoints and their exports by the script, with what it printed."""
+    texts = folder / "texts.txt"
+    texts.write_text("\n".join([*TEXTS, *TEXTS[:4], "word1 " * 60]))  # the last is longer than a prompt may be
+    for kind, task in TASKS.items():
+        checkpoint = save_generator(folder / f"{kind}-checkpoint", kind, TEMPLATE if kind == "llama" else None)
+        options = ("--texts", texts, "--max-length", MAX_LENGTH, "--max-new-tokens", MAX_NEW_TOKENS)
+        done = succeed("torch2onnx.py", "--task", task, "--model", checkpoint, "--repository", folder / kind, *options)
+        (folder / f"{kind}.printed").write_text(done.stdout + done.stderr)

@@ -29,6 +29,7 @@ class TritonPythonModel:
         self.answers = importlib.import_module(f"answers.{name}") if name else None
         self.tokenizer, self.whole = (load(str(tokenizer / "tokenizer.json")) for _ in range(2))
         self.whole.no_truncation()
+        self.whole.no_padding()
         self.padding = self.tokenizer.padding
         self.tokenizer.no_padding()  # texts are padded to the longest of their batch, or not at all
         if "overlap" in self.settings:

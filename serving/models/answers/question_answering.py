@@ -43,14 +43,15 @@ def encode(tokenizer, whole, question, context, settings):
     tokenizer: without padding, truncating the second text alone, with the settings' overlap; whole: the same one without
     truncation.
     """
-    for name, text in (("QUESTION", question), ("CONTEXT", context)):
-        if not text.strip():
-            raise ValueError(f"{name}: expected text, found none")
     room = settings["max_length"] - 2 * settings["overlap"] - tokenizer.num_special_tokens_to_add(True)
     tokens = len(whole.encode(question, add_special_tokens=False).ids)
+    if not (tokens and question.strip()):  # of characters that nobody sees a tokenizer may make no token
+        raise ValueError("QUESTION: expected text, found none")
     if tokens > room:
         raise ValueError(f"QUESTION: expected at most {room} tokens, which leave room for the context; found {tokens}")
     first = tokenizer.encode(question, context)
+    if not (1 in first.sequence_ids and context.strip()):
+        raise ValueError("CONTEXT: expected text, found none")
     windows = [first, *first.overflowing]
     if len(windows) > MAX_WINDOWS:
         raise ValueError(f"CONTEXT: expected at most {MAX_WINDOWS} windows of the model's length, found {len(windows)}")
