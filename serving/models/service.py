@@ -5,6 +5,7 @@ where it executes the graph itself; else it asks the graph's model. Strings all 
 waits joins the batch, whatever its length.
 """
 
+import ctypes
 import functools
 import importlib
 import json
@@ -41,6 +42,7 @@ class TritonPythonModel:
             self.run = self.open_graph(folder)
             for texts in (1, 2 * self.settings["cores"]):  # no request pays for the first run of a session
                 self.run(self.whole.encode_batch(["A real text, for the first run of each session."] * texts))
+            ctypes.CDLL(None).malloc_trim(0)  # what the graph's file took goes back to the system
 
     def open_graph(self, folder):
         """A Runner of the graph in this process."""
