@@ -69,7 +69,14 @@ def level(model, speed, concurrency=1, **facts):
     } | facts  # fmt: skip
 
 
-def write_perf(folder, model, rows, engines=CPU, planned=()):
+def rate(asked, p99_ms, model="ensemble", **facts):
+    """A row at which requests came at random, and as many were answered as came."""
+    row = level(model, asked, None, latency_p99_ms=p99_ms, share=0.5, asked_requests_per_s=asked, lost=0)
+    del row["concurrency"]
+    return row | facts
+
+
+def write_perf(folder, model, rows, engines=CPU, planned=(), **facts):
     settings = {"protocol": "grpc", "batch_size": 1, "window_s": 2, "rounds": 3, "stability_percent": 10}
     content = {
         "server": {"name": "triton", "version": "2.51.0", "protocol": "grpc", "engines": engines},
@@ -77,7 +84,7 @@ def write_perf(folder, model, rows, engines=CPU, planned=()):
         "planned": [[row["model"], row["concurrency"]] for row in rows] + list(planned),
         "bare_infer_per_s": {key: {"1": 55.0, "8": 56.0} for key in EMBEDDERS}, "rows": rows,
     }  # fmt: skip
-    write(folder, "perf", record(model, **content))
+    write(folder, "perf", record(model, **(content | facts)))
 
 
 def write_generation(folder, model):

@@ -60,6 +60,15 @@ def test_an_unstable_and_an_unmeasured_level_are_marked(place):
     assert "| no, 31% |" in tables and "| TRT_BEST | 1 | not measured |" in tables
 
 
+def test_rates_stand_in_the_tables(place):
+    rates = [data.rate(42.0, 97.5, share=0.3), data.rate(70.0, 0, share=0.5) | {"error": "called by others"}]
+    data.write_perf(place.folder, place.model, [data.level("ONNX", 50.0)], rates=rates)
+    assert "Poisson" not in written(place)
+    tables = (place.folder / "tables.md").read_text()
+    assert "| ensemble | 42.0 | 30% | 42.0 | 400 | 0 | 19.0 | 22.0 | 97.5 | 0.1 | 1.00 | yes |" in tables
+    assert "| ensemble | 70.0 | 50% | called by others |" in tables
+
+
 def test_what_padding_costs_is_shown_where_both_lengths_were_measured(place):
     dynamic = place.folder.parent.with_name("all-MiniLM-L6-v2-dynamic") / place.folder.name
     model = data.card(fixed_length=False, outputs={"EMBEDDING": [-1, 2]}, reference_sha256="f" * 64)
