@@ -42,12 +42,14 @@ def is_loaded(url):
         return False
 
 
-def count_answers(url, model):
-    """How many requests the model has answered, by Triton's own count, which it tells without waiting in a queue."""
+def count_answers(url, model, timeout_s):
+    """How many requests the model has answered, by Triton's own count, which waits in no queue; None without an answer."""
     try:
-        with OPENER.open(f"http://{url}/v2/models/{model}/stats", timeout=5) as response:
+        with OPENER.open(f"http://{url}/v2/models/{model}/stats", timeout=timeout_s) as response:
             return sum(m["inference_stats"]["success"]["count"] for m in json.load(response)["model_stats"])
-    except (OSError, ValueError, KeyError):
+    except (urllib.error.HTTPError, ValueError, KeyError):
+        return 0  # it answers, but does not count
+    except OSError:
         return None
 
 
@@ -56,16 +58,16 @@ def find_fault(url, model, body, timeout_s):
     # a decoupled model has no infer over HTTP
     path = "infer" if "inputs" in body else "generate"
     request = urllib.request.Request(f"http://{url}/v2/models/{model}/{path}", json.dumps(body).encode())
-    before = count_answers(url, model)
+    nothing, before = f"{model}: no answer within {timeout_s:g} s", count_answers(url, model, timeout_s)
+    if before is None:
+        return nothing
     try:
         with OPENER.open(request, timeout=timeout_s) as response:
             response.read()
     except urllib.error.HTTPError as error:
         return "" if error.code == BUSY else f"{model}: {error.code} {error.read(300).decode(errors='replace')}"
     except (OSError, ValueError) as error:
-        after = count_answers(url, model)
-        busy = before is not None and after is not None and after > before
-        return "" if busy else f"{model}: no answer within {timeout_s:g} s: {error}"
+        return "" if (count_answers(url, model, timeout_s) or 0) > before else f"{nothing}: {error}"
     return ""
 
 

@@ -15,6 +15,8 @@ import pytest
 from any_models import WORDS, WORDS_CONFIG
 from conftest import ROOT, free_ports, link_copy, run, succeed
 
+from serving.health import find_fault, read_question
+
 BACK_WITHIN_S = 40  # on a busy machine; alone it takes half of that
 
 
@@ -153,3 +155,27 @@ def test_stop_waits_for_the_requests_in_flight_and_loses_none(place, tmp_path):
     for thread in threads:
         thread.join()
     assert answers == [200] * 8
+
+
+def test_a_service_that_is_late_but_answers_others_is_busy_and_not_ill(place):
+    assert serve("start", place).returncode == 0
+    url, question = f"127.0.0.1:{place.http}", read_question(place.repository / "health.json")
+    ends, found = time.monotonic() + 4, []
+
+    def ask_on():
+        while time.monotonic() < ends:
+            ask(place)
+
+    threads = [threading.Thread(target=ask_on) for _ in range(64)]
+    for thread in threads:
+        thread.start()
+    time.sleep(1)
+    while time.monotonic() < ends - 1:
+        found.append(find_fault(url, *question, 0.05))
+    for thread in threads:
+        thread.join()
+    assert "" in found
+    (stub,) = pids(place, "triton_python_backend_stub")
+    os.kill(stub, signal.SIGSTOP)
+    assert "no answer within 1 s" in find_fault(url, *question, 1)
+    os.kill(stub, signal.SIGKILL)
