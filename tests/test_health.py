@@ -1,5 +1,6 @@
 """serve.sh over a server's whole life: one start at a time, the truth of its state, kills, and requests in flight."""
 
+import http.server
 import json
 import os
 import signal
@@ -47,6 +48,37 @@ def ask(place, model="tiny", timeout_s=30, **body):
         return error.code
     except OSError:
         return None
+
+
+def ask_health(port, question, *options):
+    return run("serving.health", "--url", f"127.0.0.1:{port}", *options, question)
+
+
+class Slow(http.server.BaseHTTPRequestHandler):
+    """A live server whose model answers too late."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+    def do_POST(self):
+        time.sleep(3)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_busy_server_is_well_for_a_patient_question_alone_and_a_dead_one_for_none(tmp_path):
+    question = tmp_path / "health.json"
+    question.write_text(json.dumps({"model": "m", "body": {"inputs": []}}))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    assert ask_health(server.server_port, question, "--timeout-s", 1, "--patient").returncode == 0
+    usual = ask_health(server.server_port, question, "--timeout-s", 1)
+    assert usual.returncode == 1 and "no answer within 1 s" in usual.stderr
+    server.shutdown()
+    server.server_close()
+    assert ask_health(server.server_port, question, "--patient").returncode == 1
 
 
 def pids(place, words):
@@ -101,6 +133,8 @@ def test_status_tells_that_a_models_process_is_dead_and_nothing_stays_of_it(plac
     os.kill(stub, signal.SIGKILL)
     done = run("serve.sh", "status", "--http-port", place.http)
     assert done.returncode == 1 and "not healthy" in done.stderr and "does not answer" in done.stderr
+    patient = ask_health(place.http, place.repository / "health.json", "--patient")
+    assert patient.returncode == 1 and "Stub process" in patient.stderr  # an error is none that passes
     (server,) = pids(place, "bin/tritonserver")
     os.kill(server, signal.SIGKILL)
     succeed("serve.sh", "stop", "--http-port", place.http)
