@@ -126,11 +126,11 @@ def refusal(rates, served, p99_ms):
         return f"rates of {served}: expected some, found them {NOT_MEASURED}; {MEASURE_RATES} measures them"
     measured = [row for row in rates if row.get("latency_p99_ms") is not None]
     if near := min(measured, key=lambda row: row["latency_p99_ms"], default=None):
-        found = f"the nearest has {near['latency_p99_ms']:.1f} ms at {near['asked_requests_per_s']:.1f} requests/s"
+        found = f"the nearest has {near['latency_p99_ms']:.1f} ms at {near['asked_requests_per_s']:.1f} requests/s: {why_not(near, p99_ms)}"
     else:
         found = "no p99 was measured, which takes a run without --quick"
     return (
-        f"--p99-ms {p99_ms:g}: expected a rate that meets it, found none: {found}; measure lower shares "
+        f"--p99-ms {p99_ms:g}: expected a rate that meets it, found none; {found}; measure lower shares "
         f"({MEASURE_RATES} 0.1 0.2), a faster machine or precision, or shorter texts"
     )
 

@@ -93,7 +93,9 @@ def test_a_rate_above_one_that_does_not_hold_counts_no_more(place, facts, words)
 def test_no_rate_meets_the_target_is_said_with_the_nearest(place):
     done = ask(place, "--rps", 120, "--p99-ms", 39)
     assert done.returncode == 1 and "replicas" not in done.stdout
-    assert "expected a rate that meets it, found none: the nearest has 40.0 ms at 30.0 requests/s" in done.stderr
+    assert (
+        "expected a rate that meets it, found none; the nearest has 40.0 ms at 30.0 requests/s: p99 is" in done.stderr
+    )
     data.write_perf(place.folder, place.model, place.rows, rates=[data.rate(30.0, None)])
     done = ask(place, *LOAD)
     assert done.returncode == 1 and "no p99 was measured" in done.stderr

@@ -163,18 +163,19 @@ def test_a_level_that_never_settles_is_repeated_longer_and_marked(chain, tmp_pat
 
 
 def test_requests_come_at_shares_of_the_best_throughput(chain, tmp_path):
-    options = ("--quick", "--models", "ONNX", "--concurrency", 4, "--window-s", 0.4, "--stability-percent", 1000)
+    options = ("--quick", "--models", "tokenizer", "--concurrency", 4, "--window-s", 0.4, "--stability-percent", 1000)
     done = perf_py(chain.grpc, chain, tmp_path, *options, "--rates", 0.7, 0.3)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     record, folder = read_perf(tmp_path)
     (closed,), rates = record["rows"], record["rates"]
-    assert record["planned"] == [["ONNX", 4]] and [row["share"] for row in rates] == [0.3, 0.7]
+    assert record["planned"] == [["tokenizer", 4]] and [row["share"] for row in rates] == [0.3, 0.7]
     for row in rates:
         assert "error" not in row, row
         assert row["asked_requests_per_s"] == pytest.approx(row["share"] * closed["throughput_infer_per_s"])
-        assert row["throughput_infer_per_s"] < 1.5 * row["asked_requests_per_s"]  # of 16, the first may come late
+        assert row["throughput_infer_per_s"] < 1.5 * row["asked_requests_per_s"]
         assert row["n"] == sum(r["requests"] for r in row["rounds"]) and row["lost"] == 0
-        assert 0 < row["latency_p50_ms"] <= row["latency_p95_ms"] and row["latency_p99_ms"] is None
+        assert 0 < row["latency_p50_ms"] <= row["latency_p95_ms"]
+        assert (row["latency_p99_ms"] is None) == (row["n"] < load.P99_FROM)
         assert row["mean_batch_size"] >= 1 and row["server_queue_ms"] > 0
         assert (folder / "perf" / csv_name(row)).is_file()
         assert f"{row['asked_requests_per_s']:6.1f} requests/s" in done.stdout
