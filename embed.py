@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 from core.arguments import make_parser
+from core.engines import ENGINES
 from core.repository import read_card
 from core.tables import CPU_PRECISIONS, REFERENCE
 from tasks.table import OWN, TASKS
@@ -34,7 +35,7 @@ def parse_args():
     parser.add_argument("--text-column", help="A:B where the task takes two (default: text, or question:context)")
     parser.add_argument("--id-column", help="a row's own name (default: its file and number)")
     parser.add_argument("--workers", type=int, help="processes, which share the cores (default: one for each core)")
-    parser.add_argument("--engine", help="onnxruntime or openvino (default: the service's)")
+    parser.add_argument("--engine", choices=tuple(ENGINES), help="default: the service's")
     parser.add_argument("--precision", choices=(REFERENCE, *CPU_PRECISIONS), help="default: the service's")
     parser.add_argument("--timeout-s", type=float, default=60, help="of each try of a request to --url (default: 60)")
     parser.add_argument(
@@ -140,8 +141,7 @@ def main():
     began = time.monotonic()
     if left:
         bulk_run.run(job, left, workers, address, args.stall_s)
-    rows = sum(pieces[number]["rows"] for number in left)
-    summary = bulk_output.summarize(output, pieces, rows, time.monotonic() - began)
+    summary = bulk_output.summarize(output, pieces, left, time.monotonic() - began)
     bulk_output.write_record(output, record | {"summary": summary})
     print(bulk_output.say(args.output, summary, by))
 

@@ -105,23 +105,30 @@ def pieces_left(output, pieces):
     return [number for number in range(len(pieces)) if part_name(number) not in names]
 
 
-def summarize(output, pieces, rows, wall_s):
-    """What all files counted, and this run: so many rows of them in so many seconds. Exits where a file is not its piece."""
+def read_counts(output, number, piece):
+    """What a piece's worker counted; exits where its file is not the piece."""
     system, folder = output
-    total = {"files": len(pieces), "rows": 0, "errors": 0, "tokens": 0, "positions": 0, "seconds": 0.0}
-    for number, piece in enumerate(pieces):
-        metadata = open_parquet(system, part_name(number), f"{folder}/{part_name(number)}").metadata
-        if metadata.num_rows != piece["rows"]:
-            raise SystemExit(
-                f"{folder}/{part_name(number)}: expected {piece['rows']} rows, found {metadata.num_rows}; remove it"
-            )
-        counted = json.loads(metadata.metadata[COUNTS.encode()])
-        for name, value in counted.items():
-            total[name] += value
+    metadata = open_parquet(system, part_name(number), f"{folder}/{part_name(number)}").metadata
+    if metadata.num_rows != piece["rows"]:
+        raise SystemExit(
+            f"{folder}/{part_name(number)}: expected {piece['rows']} rows, found {metadata.num_rows}; remove it, and ask again"
+        )
+    return json.loads(metadata.metadata[COUNTS.encode()])
+
+
+def summarize(output, pieces, left, wall_s):
+    """All files' counts, and those of this run alone, which computed the pieces that were left in so many seconds."""
+    system, folder = output
+    counts = [read_counts(output, number, piece) for number, piece in enumerate(pieces)]
     for name in names_in(output):
         if name.startswith(".part-"):  # of a worker that was killed
             remove(system, f"{folder}/{name}")
-    return total | {"worker_s": total.pop("seconds"), "run": {"rows": rows, "wall_s": wall_s}}
+    total = {name: sum(each[name] for each in counts) for name in ("rows", "errors", "tokens", "positions")}
+    own = [counts[number] for number in left]
+    run = {name: sum(each[name] for each in own) for name in ("rows", "cpu_s")} | {"wall_s": wall_s}
+    # the time without the start of Ray and of its workers
+    run["compute_s"] = max(each["ended"] for each in own) - min(each["began"] for each in own) if own else 0
+    return {"files": len(pieces)} | total | {"run": run}
 
 
 def say(output, summary, by):

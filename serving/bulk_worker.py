@@ -42,11 +42,8 @@ def arrow_schema(card, id_type):
     import pyarrow
 
     plain = {"STRING": pyarrow.string(), "INT64": pyarrow.int64(), "FP32": pyarrow.float32()}
-    own = card["outputs"]  # of the graph, a vector each; of an answer's list the best one is taken
-    found = {
-        n: pyarrow.list_(plain[kind], dims[-1]) if n in own else plain[kind]
-        for n, (kind, dims) in outputs_of(card).items()
-    }
+    vector = pyarrow.list_(pyarrow.float32())  # what the graph gives; of an answer's list the best one is taken
+    found = {n: vector if n in card["outputs"] else plain[kind] for n, (kind, _) in outputs_of(card).items()}
     return pyarrow.schema({"id": pyarrow.type_for_alias(id_type)} | found | {ERROR: pyarrow.string()})
 
 
@@ -57,7 +54,7 @@ def arrow_table(schema, rows, answers):
     columns = {"id": [row["id"] for row in rows], ERROR: [a if isinstance(a, str) else None for a in answers]}
     for field in schema:
         if field.name not in columns:
-            vector = pyarrow.types.is_fixed_size_list(field.type)
+            vector = pyarrow.types.is_list(field.type)
             values = (None if isinstance(answer, str) else answer[field.name] for answer in answers)
             columns[field.name] = [value if vector or value is None else scalar(value) for value in values]
     return pyarrow.table(columns, schema=schema)
@@ -92,7 +89,7 @@ def write_piece(job, number, answer):
     piece, schema = job["pieces"][number], arrow_schema(job["card"], job["id_type"])
     source, (target, folder) = open_place(job["input"])[0], open_place(job["output"])
     path, temporary = f"{folder}/{part_name(number)}", f"{folder}/.{part_name(number)}.{uuid.uuid4().hex}.tmp"
-    counts, began = {"rows": 0, "errors": 0, "tokens": 0, "positions": 0}, time.monotonic()
+    counts, began, cpu_s = {"rows": 0, "errors": 0, "tokens": 0, "positions": 0}, time.time(), time.process_time()
     try:
         with (
             target.open_output_stream(temporary) as stream,
@@ -109,7 +106,7 @@ def write_piece(job, number, answer):
                 raise SystemExit(
                     f"{piece['name']}: expected {piece['rows']} rows, found {counts['rows']}; the file has changed"
                 )
-            counts["seconds"] = time.monotonic() - began
+            counts |= {"began": began, "ended": time.time(), "cpu_s": time.process_time() - cpu_s}
             writer.add_key_value_metadata({COUNTS: json.dumps(counts)})
         target.move(temporary, path)
     except BaseException:
