@@ -24,6 +24,7 @@ from core.tables import ATTENTION_MASK, EMBEDDERS, EMBEDDING, PRECISIONS, REFERE
 from core.tokens import encode, load_tokenizer
 from precision.makers import emulate_tf32
 from serving.check import check_served
+from serving.retry import TRIES
 from serving.server import HTTP_URL, SERVER_ERRORS, default_url, infer, read_server, text_tensor
 
 PLANS = [key for key in EMBEDDERS if key != REFERENCE]
@@ -42,7 +43,7 @@ def call_triton(input_text, url=HTTP_URL, protocol="http"):
     OSError if it cannot be reached.
     """
     outputs = {key: f"{EMBEDDING}_{key}" for key in EMBEDDERS}
-    answer = infer("ensemble", text_tensor([input_text]), outputs.values(), url, protocol)
+    answer = infer("ensemble", text_tensor([input_text]), outputs.values(), url, protocol, tries=TRIES)
     return {key: answer[output] for key, output in outputs.items()}
 
 

@@ -32,7 +32,7 @@ main() {
   fi
   local python
   python=$(find_python)
-  "$python" -m venv "$VENV" || fail "expected $python to make a virtual environment, found it failing; install its venv module"
+  "$python" -m venv "$VENV" || fail "expected $python to make a virtual environment, found it failing; see the line above: remove .venv, or install the venv module"
   echo "installing requirements.txt into .venv with $("$python" --version)"
   "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r "$ROOT/requirements.txt" ||
     fail "expected pip to install requirements.txt, found it failing; see the lines above"

@@ -4,7 +4,7 @@
 Reads:  a running server (./serve.sh start), assets/texts.txt, and of the repository that is
         served the record, the tokenizer, and the graphs for the bare sessions.
 Writes: results/<model>/<machine>/perf.json and, unchanged, perf_analyzer's CSV of each
-        level's last round: perf/<model>_concurrency_<n>.csv.
+        level's last round: perf/<model>_concurrency_<n>.csv, perf/<model>_rate_<share>.csv.
 Run:    ./perf.py
 Prints: one line per model and concurrency: throughput, p50, p99, served / bare.
 
@@ -13,6 +13,11 @@ the median throughput of the rounds, and percentiles of all their requests toget
 rounds differ by more than the stability limit they are repeated, twice as long, and then
 marked unstable. A window counts only if the server executed exactly the requests that
 perf_analyzer sent, and no other model was called.
+
+--rates adds levels at which requests come at random moments (a Poisson process), whether or not
+those before are answered, at shares of the best throughput that this run measured of a model;
+capacity.py needs them. Latency counts from the moment of sending. A level in which a request
+fails is refused, with the server's words.
 
 perf.json is replaced when the last level is done; earlier levels of the same model, server
 and settings that were not measured again stay in it. Until then the finished levels lie in
@@ -24,7 +29,6 @@ name), from the tritonclient wheel that carries it; with --docker from the pinne
 """
 
 import argparse
-import shutil
 import signal
 import sys
 import tempfile
@@ -32,13 +36,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from core.files import REPOSITORY, RESULTS, TEXTS, read_json, read_texts, replace_folder_when_done, write_json
+from core.files import REPOSITORY, RESULTS, TEXTS, read_texts
 from core.record import environment_record, results_folder
-from core.tables import EMBEDDERS, MAX_BATCH_SIZE, SDK_IMAGE
+from core.tables import MAX_BATCH_SIZE, SDK_IMAGE
+from serving.levels import KEYS, merge, publish, read_earlier, save_rows
 from serving.perf_analyzer import find_perf_analyzer
 
-KEYS = (*EMBEDDERS, "tokenizer", "ensemble")
 CONCURRENCIES = (1, 2, 4, 8, 16, 32)
+SHARES = (0.3, 0.5, 0.7, 0.85)
 EXIT_UNSTABLE = 3  # everything was measured; some levels are marked
 
 
@@ -47,6 +52,13 @@ def parse_args():
     parser.add_argument("--url", help="HOST:PORT of the server; default: where serve.sh starts it")
     parser.add_argument("--protocol", choices=("http", "grpc"), default="grpc")
     parser.add_argument("--concurrency", type=int, nargs="+", help="default: 1 2 4 8 16 32")
+    parser.add_argument(
+        "--rates",
+        type=float,
+        nargs="*",
+        metavar="SHARE",
+        help="Poisson rates too; default: 0.3 0.5 0.7 0.85 of the best",
+    )
     parser.add_argument("--models", nargs="+", choices=KEYS, help="default: all that the repository has")
     parser.add_argument("--batch-size", type=int, default=1, help="texts per request (default: %(default)s)")
     parser.add_argument("--window-s", type=float, help="length of a window, default: 3, quick: 0.8")
@@ -57,83 +69,14 @@ def parse_args():
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     args.concurrency = tuple(dict.fromkeys(args.concurrency or ((1, 8) if args.quick else CONCURRENCIES)))
+    args.shares = () if args.rates is None else sorted(set(args.rates or SHARES))
     args.window_s = args.window_s or (0.8 if args.quick else 3)
     args.stability_percent = args.stability_percent or (25 if args.quick else 10)
     if min(args.concurrency) < 1 or not 1 <= args.batch_size <= MAX_BATCH_SIZE:
         parser.error(f"expected --concurrency of at least 1 and --batch-size from 1 to {MAX_BATCH_SIZE}")
+    if not all(0 < share <= 1 for share in args.shares):
+        parser.error("--rates: expected shares of the best throughput, above 0 and at most 1")
     return args
-
-
-# --- results on disk -----------------------------------------------------------------
-
-
-def read_earlier(path, record):
-    """A perf.json of the same model, server and settings, whose levels may stand beside the new; else None."""
-    if not path.exists():
-        return None
-    old = read_json(path, "move it away")
-    same = all(old.get(key) == record[key] for key in ("settings", "server", "quick"))
-    return old if same and old["model"]["reference_sha256"] == record["model"]["reference_sha256"] else None
-
-
-def level_of(row):
-    return row["model"], row["concurrency"]
-
-
-def merge(old, new):
-    """The new record with the levels of the old one that it has not measured. A refused level replaces none."""
-    if old is None:
-        return new
-    rows = {level_of(row): row for row in new["rows"]}
-    kept = {level_of(row): row for row in old["rows"] if "error" in rows.get(level_of(row), {"error": ""})}
-    rows |= kept
-    planned = sorted(map(tuple, old["planned"] + new["planned"]), key=lambda level: (KEYS.index(level[0]), level[1]))
-    planned = list(dict.fromkeys(planned))
-    merged = new | {"planned": list(map(list, planned)), "rows": [rows[level] for level in planned if level in rows]}
-    if kept:
-        of_both = [record.get("earlier_environments", []) for record in (old, new)]
-        merged["earlier_environments"] = [*of_both[0], old["environment"], *of_both[1]]
-    return merged | {"bare_infer_per_s": old["bare_infer_per_s"] | new["bare_infer_per_s"]}
-
-
-def add_served_to_bare(record):
-    """Put each throughput beside the best that the same graph gives without a server."""
-    for row in record["rows"]:
-        bare = record["bare_infer_per_s"].get(row["model"])
-        if bare and "error" not in row:
-            # one request at a time cannot be batched; more can
-            alone = row["concurrency"] == 1 and row["batch_size"] == 1
-            row["served_to_bare"] = row["throughput_infer_per_s"] / (bare["1"] if alone else max(bare.values()))
-    return record
-
-
-def csv_name(row):
-    return f"{row['model']}_concurrency_{row['concurrency']}.csv"
-
-
-def save_rows(rows, record, unfinished, partial):
-    """Add the rows of one concurrency to the record and write perf.partial/."""
-    if not unfinished and not record["rows"]:  # what lies there is of other settings
-        shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True, exist_ok=True)
-    for row in rows:
-        if csv := row.pop("csv", None):
-            (partial / csv_name(row)).write_text(csv, encoding="utf-8")
-    record["rows"] = sorted(record["rows"] + rows, key=lambda row: record["planned"].index(list(level_of(row))))
-    write_json(partial / "perf.json", add_served_to_bare(merge(unfinished, record)))
-
-
-def publish(record, folder, partial):
-    """Put perf.json and perf/ in the place of the earlier ones, whole, and delete perf.partial/."""
-    with replace_folder_when_done(folder / "perf") as temporary:
-        for name in map(csv_name, record["rows"]):
-            if source := next((p for p in (partial / name, folder / "perf" / name) if p.is_file()), None):
-                shutil.copy(source, temporary / name)
-    write_json(folder / "perf.json", add_served_to_bare(record))
-    shutil.rmtree(partial)
-
-
-# --- measuring -----------------------------------------------------------------------
 
 
 def measure_all(args, record, models, unfinished, partial):
@@ -154,21 +97,42 @@ def measure_all(args, record, models, unfinished, partial):
             graphs = {key: graph_path(args.repository, key) for key in models if key in engines}
             window_s = args.window_s / (2 if args.quick else 1)
             record["bare_infer_per_s"] = bare.measure_bare(graphs, requests, tokenizer, card["inputs"], window_s)
-        windows = len(record["planned"]) * (1 + args.rounds)
+        windows = len(models) * (len(args.concurrency) + len(args.shares)) * (1 + args.rounds)
         with tqdm(total=windows, desc="perf", unit="window", mininterval=1) as progress:
-            for concurrency in args.concurrency:
-                levels = [
-                    load.Level(key, model, concurrency, inputs["tokens" if key in engines else "texts"])
-                    for key, model in models.items()
-                ]
+
+            def measure(levels):
                 rows = load.measure_levels(tool, args, levels, progress)
                 save_rows(rows, record, unfinished, partial)
                 tqdm.write("\n".join(map(describe_row, rows)), file=sys.stdout)
                 sys.stdout.flush()
 
+            takes = {key: inputs["tokens" if key in engines else "texts"] for key in models}
+            for concurrency in args.concurrency:
+                measure([load.Level(key, model, concurrency, takes[key]) for key, model in models.items()])
+            best = best_requests_per_s(record["rows"])
+            for share in args.shares if best else ():
+                measure([load.Level(k, models[k], None, takes[k], share, share * speed) for k, speed in best.items()])
+
+
+def best_requests_per_s(rows):
+    """{model: its highest throughput in requests}, without those that no level measured."""
+    found = {}
+    for row in (row for row in rows if "error" not in row):
+        speed = row["throughput_infer_per_s"] / row["batch_size"]
+        found[row["model"]] = max(speed, found.get(row["model"], 0))
+    return found
+
+
+def name_of(row):
+    """A level in words."""
+    if "share" in row:
+        return f"{row['model']} at {row['asked_requests_per_s']:.1f} requests/s"
+    return f"{row['model']} at concurrency {row['concurrency']}"
+
 
 def describe_row(row):
-    head = f"{row['model']:9} concurrency {row['concurrency']:2}"
+    at = f"{row['asked_requests_per_s']:6.1f} requests/s" if "share" in row else f"concurrency {row['concurrency']:2}"
+    head = f"{row['model']:9} {at}"
     if "error" in row:
         return f"{head}  {row['error']}"
     ratio = f"  served / bare {row['served_to_bare']:.2f}" if "served_to_bare" in row else ""
@@ -180,7 +144,7 @@ def describe_row(row):
 
 def report_levels(rows, limit, path):
     """Exit 1 where levels were refused, 3 where all were measured and some are unstable."""
-    names = {f"{row['model']} at concurrency {row['concurrency']}": row for row in rows}
+    names = {name_of(row): row for row in rows}
     refused = [f"{name}: {row['error']}" for name, row in names.items() if "error" in row]
     if refused:
         raise SystemExit(
@@ -206,6 +170,7 @@ def make_record(args, card, server, models, memory_mib):
         "planned": [[model, concurrency] for model in models for concurrency in args.concurrency],
         "bare_infer_per_s": {},
         "rows": [],
+        "rates": [],
     }
 
 
@@ -239,10 +204,11 @@ def main():
         )
         end = f"{args.url}: expected to measure every level, {found} the same settings takes them in; ./serve.sh status"
         raise SystemExit(end) from None
-    if not path.exists() or not any("error" in row for row in record["rows"]):
+    rows = record["rows"] + record["rates"]
+    if not path.exists() or not any("error" in row for row in rows):
         publish(merge(earlier, merge(unfinished, record)), folder, partial)
         print(path)
-    report_levels(record["rows"], args.stability_percent, partial if partial.exists() else path)
+    report_levels(rows, args.stability_percent, partial if partial.exists() else path)
 
 
 if __name__ == "__main__":

@@ -151,7 +151,7 @@ ready() {
 # What a killed server leaves: its models' processes and its guard, which are of its group, and their shared memory.
 clean_up() {
   local pid
-  if read -r pid _ 2>/dev/null <"$state/server.pid"; then pkill -KILL -g "$pid" -f "stub .* $regions|haproxy .*$state" || true; fi
+  if read -r pid _ 2>/dev/null <"$state/server.pid"; then pkill -KILL -g "$pid" -f "stub .* $regions|^haproxy .*$state" || true; fi
   rm -f "$state/server.pid" "/dev/shm/$regions"*
 }
 
@@ -192,7 +192,7 @@ start() {
 
 # Triton ends by itself on SIGTERM, when the requests in flight are answered; kill only after a while.
 end_server() {
-  pkill -USR1 -f "haproxy .*$state/haproxy.pid" || true # the guard takes nothing new, and ends with what it has
+  pkill -USR1 -f "^haproxy .*$state/haproxy.pid" || true # the guard takes nothing new, and ends with what it has
   kill -TERM "$1" 2>/dev/null || return 0
   local deadline=$((SECONDS + drain_s + 10))
   # a zombie is gone too: in a container nobody may be there to reap it

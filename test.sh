@@ -3,7 +3,7 @@
 # Usage: ./test.sh [--examples] [pytest options]
 #   options: those tests, in one process; without any, the whole suite in two
 #   --examples: also what installs packages of examples or trains their models for minutes
-# Reads:  the whole project. Writes: .venv/, build/test*/.
+# Reads:  the whole project. Writes: .venv/, build/test*/; build/kubectl/ and build/promtool/ where PATH has neither.
 # Prints: ruff's, shellcheck's, hadolint's and pytest's summaries.
 set -euo pipefail
 

@@ -88,14 +88,23 @@ class Runner:
 
     def __call__(self, encodings):
         """The output of each encoding: float32 [length, …] where it has a row per token, else [...]."""
-        lengths = [len(encoding.ids) for encoding in encodings]
-        batches = (padded_batches if self.offset is None else packed_batches)(lengths, self.cores)
+        batches = self.batches([len(encoding.ids) for encoding in encodings])
         if len(batches) == 1:
             found = [self.run(self.wide, [encodings[i] for i in batches[0]])]
         else:
             found = self.pool.map(lambda batch: self.run(self.narrow, [encodings[i] for i in batch]), batches)
         rows = dict(zip((i for batch in batches for i in batch), (row for b in found for row in b), strict=True))
         return [rows[i] for i in range(len(encodings))]
+
+    def batches(self, lengths):
+        """Lists of indices of the texts that are computed together."""
+        return (padded_batches if self.offset is None else packed_batches)(lengths, self.cores)
+
+    def positions(self, lengths):
+        """Tokens that are computed for texts of these lengths, padding included."""
+        if self.offset is not None:
+            return sum(lengths)
+        return sum(len(batch) * max(lengths[i] for i in batch) for batch in self.batches(lengths) if batch)
 
     def run(self, session, encodings):
         """The rows of one batch."""

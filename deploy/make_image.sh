@@ -14,7 +14,7 @@
 #   --dry-run              print the commands and run nothing
 #   --no-build             write the build context and leave the image out
 # Reads:  MODEL, deploy/Dockerfile. Writes: build/image/<name>/, the build context; the image.
-# Prints: "made: T" and the command that runs it.
+# Prints: "made: T" and the commands that run it, here and in a cluster.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -84,6 +84,7 @@ read_model() {
   check_name
   tag=${tag:-${name,,}:${precision,,}}
   [[ $tag =~ ^[a-z0-9][a-z0-9._/-]*(:[A-Za-z0-9_][A-Za-z0-9_.-]*)?$ ]] || fail "--tag: expected an image's name such as reviews:1, found '$tag'" 2
+  [[ $tag == *:* ]] || tag=$tag:latest # as Docker reads it
 }
 
 check_name() {
@@ -129,6 +130,20 @@ write_context() {
   # the server is another user than the one who builds
   run chmod -R a+rX,go-w "$context/model_repository"
   run cp "$ROOT/deploy/Dockerfile" "$ROOT/deploy/.dockerignore" "$ROOT/serving/health.py" "$context"
+  [ -n "$dry_run" ] || write_kustomization
+}
+
+# The manifests of a cluster, with this image.
+write_kustomization() {
+  local overlay=base
+  [ -z "$gpu" ] || overlay=gpu
+  cat >"$context/kustomization.yaml" <<EOF
+# kubectl apply -k this folder, after the image is in a registry; see deploy/kubernetes/README.md
+apiVersion: kustomize.config.k8s.io/v1beta1
+kind: Kustomization
+resources: [../../../deploy/kubernetes/$overlay]
+images: [{name: expected-the-image-of-make_image.sh, newName: ${tag%:*}, newTag: "${tag##*:}"}]
+EOF
 }
 
 # Remove the images whose ids come in; by id: a tag may by now be another's image.
@@ -178,6 +193,7 @@ main() {
   fi
   [ -n "$dry_run" ] || echo "made: ${build:+$tag, }${context#"$ROOT"/}"
   echo "run: docker run ${options[*]} $tag, or IMAGE=$tag docker compose -f $ROOT/deploy/compose.yaml --profile $profile up --wait"
+  echo "cluster: docker push $tag, then kubectl apply -k $context; see deploy/kubernetes/README.md"
 }
 
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then main "$@"; fi

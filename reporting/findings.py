@@ -9,7 +9,7 @@ from reporting.verdicts import deployable
 
 HUBS = {"hub": "the Hugging Face hub", "clearml": "ClearML", "wandb": "Weights & Biases", "mlflow": "MLflow"}
 KINDS = ("quality", "perf", "plans", "compile", "complexity", "sensitivity", "sts", "verdicts")
-KINDS += ("peers", "choice", "length", "limits", "generation", "soak", "recovery")
+KINDS += ("peers", "choice", "length", "limits", "generation", "soak", "recovery", "failover")
 
 
 def rank(model):
@@ -117,7 +117,8 @@ def find_deviation(models, plans):
         share = (m["sensitivity"] or {}).get("int8_flops_share") if "INT8" in found else None
         inside = f", with {share:.1%} of the FLOPs of its weight MatMuls in INT8" if share else ""
         if errors != "none":
-            said.append(f"For {m['title']}, the relative L2 error of the embeddings is {errors}{inside}.")
+            what = "it" if said else "the relative L2 error of the embeddings"
+            said.append(f"For {m['title']}, {what} is {errors}{inside}.")
     return " ".join(said)
 
 

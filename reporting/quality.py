@@ -41,7 +41,8 @@ def similarity(models):
     """The last hidden state and the similarity of sentences, per graph."""
     rows = table(
         {
-            "graph": f"{m['title']}: {plan}",
+            "graph": plan,
+            "model": m["title"],
             "mean cosine": f"{row['mean_cosine']:.6f}",
             "relative L2": percent(row["relative_l2_error"]),
             "Spearman of sentence pairs": number(row["spearman"], ".4f"),

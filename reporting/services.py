@@ -99,8 +99,8 @@ def details(model):
 
 
 def services(models):
-    """A table of every service that was measured, and on what."""
-    shown = [m for m in models if not is_encoder(m) and (m["perf"] or m["generation"])]
+    """A table of every service that was measured, and on what; those beside peers have a section of their own."""
+    shown = [m for m in models if not is_encoder(m) and not m["peers"] and (m["perf"] or m["generation"])]
     if not shown:
         return [f"Services of other tasks: {NOT_MEASURED}."]
     lead = (

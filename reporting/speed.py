@@ -168,9 +168,38 @@ def level_cells(model, concurrency, row):
     }
 
 
+def rate_cells(row):
+    """One rate at which requests came at random, whether or not those before were answered."""
+    cells = {"model": row["model"], "asked for, requests/s": f"{row['asked_requests_per_s']:.1f}"}
+    cells |= {"of the best throughput": f"{row['share']:.0%}", "answered, requests/s": row.get("error")}
+    if "error" in row:
+        return cells
+    return cells | {
+        "answered, requests/s": f"{row['throughput_infer_per_s'] / row['batch_size']:.1f}",
+        "n": row["n"],
+        "lost": row["lost"],
+        **{f"{k} ms": f"{row[f'latency_{k}_ms']:.1f}" for k in ("p50", "p95")},
+        "p99 ms": tail(row),
+        "queue ms": number(row["server_queue_ms"], ".1f"),
+        "mean batch": number(row.get("mean_batch_size"), ".2f"),
+        "stable": "yes" if row["stable"] else f"no, {row['spread_percent']:.0f}%",
+    }
+
+
+def rates(perf):
+    """The table of rates, from which capacity.py answers; [] without any."""
+    if not perf.get("rates"):
+        return []
+    lead = (
+        "Requests that come at random moments (a Poisson process), at shares of the best throughput above; "
+        "`capacity.py` answers from them. A latency counts from the moment of sending."
+    )
+    return [lead, table(map(rate_cells, perf["rates"]))]
+
+
 def details(model):
     """Every level of one model, for its tables."""
     perf = model["perf"]
     found = {(r["model"], r["concurrency"]): r for r in perf["rows"]}
     rows = (level_cells(m, c, found.get((m, c), {"error": NOT_MEASURED})) for m, c in perf["planned"])
-    return [how_measured(perf), noise_line(perf), table(rows), *best_line(perf), *padding_table(model)]
+    return [how_measured(perf), noise_line(perf), table(rows), *rates(perf), *best_line(perf), *padding_table(model)]

@@ -1,6 +1,7 @@
 """Levels of load: the models in turn, round by round, and the row of numbers that their windows make.
 
-A level is one model at one concurrency, a window is a given number of requests to it.
+A level is one model at one concurrency, or at one rate of requests that come at random moments whether or not
+those before are answered; a window is a given number of requests to it.
 """
 
 import json
@@ -39,12 +40,20 @@ class Level:
 
     key: str
     model: str  # its name in the repository
-    concurrency: int
+    concurrency: int | None
     inputs: Path  # perf_analyzer's JSON
+    share: float | None = None  # of the best throughput, where requests come at a rate
+    rate: float | None = None  # requests per second
     speed: float = 0  # requests per second of the warm-up
     windows: list = field(default_factory=list)
     set_aside: list = field(default_factory=list)  # windows that were repeated, twice as long
     error: str | None = None
+
+    def place(self):
+        """The fields of its row that tell it from the model's other levels."""
+        if self.rate is None:
+            return {"concurrency": self.concurrency}
+        return {"share": self.share, "asked_requests_per_s": self.rate}
 
     def speeds(self):
         return [window["throughput_infer_per_s"] for window in self.windows]
@@ -87,10 +96,34 @@ def write_inputs(card, requests, tokenizer, folder):
 # --- windows -------------------------------------------------------------------------
 
 
+def load_options(level, requests):
+    """perf_analyzer's options for the load of a window.
+
+    Requests at a rate come at random, as a Poisson process brings so many. perf_analyzer's own draws the same moments
+    for every window, and the first few hundred of them come too slowly, so it is given others in each round.
+    """
+    if level.rate is None:
+        return ["--concurrency-range", str(level.concurrency)]
+    gaps = np.random.default_rng(len(level.windows)).exponential(size=requests)
+    gaps_us = np.maximum(1, gaps / gaps.mean() / level.rate * 1e6).round().astype(int)
+    path = level.inputs.with_name("gaps.txt")
+    path.write_text("\n".join(map(str, gaps_us)) + "\n", encoding="utf-8")
+    return ["--async", "--request-intervals", str(path)]
+
+
+def window_requests(args, level, longer):
+    """So many that a window lasts as long as it should; at a rate at least so many that three windows have a p99."""
+    if level.rate and not args.quick:
+        fewest = P99_FROM // ROUNDS + 1
+    else:
+        fewest = (2 if args.quick else 4) * (level.concurrency or 1)
+    return longer * max(16, fewest, round(args.window_s * level.speed))
+
+
 def run_window(tool, args, level, requests, timeout_s):
     """One window of exactly `requests` requests: its round, and what is pooled. Raises Refused, Hung."""
     options = ["-m", level.model, "-i", args.protocol, "-u", args.url, "--input-data", str(level.inputs)]
-    options += ["--concurrency-range", str(level.concurrency), "-b", str(args.batch_size)]
+    options += [*load_options(level, requests), "-b", str(args.batch_size)]
     called = called_models(level.model, args.url, args.protocol)
     processes = find_server_processes(args.url)
     utc = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -128,10 +161,10 @@ def try_window(tool, args, level, requests, timeout_s):
 def measure_window(tool, args, level, longer):
     """A window that counts, or the level's first one, the warm-up: it tells how many requests fill the others."""
     if not level.speed:
-        if window := try_window(tool, args, level, max(8, 2 * level.concurrency), WARMUP_TIMEOUT_S):
-            level.speed = window["throughput_infer_per_s"] / args.batch_size
+        if window := try_window(tool, args, level, max(8, 2 * (level.concurrency or 1)), WARMUP_TIMEOUT_S):
+            level.speed = level.rate or window["throughput_infer_per_s"] / args.batch_size
         return
-    requests = longer * max(16, (2 if args.quick else 4) * level.concurrency, round(args.window_s * level.speed))
+    requests = window_requests(args, level, longer)
     if window := try_window(tool, args, level, requests, 30 + 5 * requests / level.speed):
         level.windows.append(window)
 
@@ -148,7 +181,8 @@ def measure_levels(tool, args, levels, progress):
             level.set_aside, level.windows = level.windows, []
         for number in range(longer - 1, ROUNDS + 1):  # round 0 warms up
             for level in going:
-                progress.set_postfix_str(f"concurrency {level.concurrency}, round {number}, {level.key}", refresh=False)
+                load = f"{level.rate:.1f} requests/s" if level.rate else f"concurrency {level.concurrency}"
+                progress.set_postfix_str(f"{load}, round {number}, {level.key}", refresh=False)
                 if not level.error:
                     measure_window(tool, args, level, longer)
                 progress.update()
@@ -165,7 +199,7 @@ def percentile(latencies_ms, percent):
 
 def make_row(level, args):
     """A level's row, with its latencies of all rounds pooled; or its error. "csv" is the tool's, of the last round."""
-    row = {"model": level.key, "concurrency": level.concurrency}
+    row = {"model": level.key} | level.place()
     if level.error:
         return row | {"error": level.error}
     windows, speeds = level.windows, level.speeds()
@@ -178,6 +212,8 @@ def make_row(level, args):
     cpu_s = [window["cpu_s"] for window in windows]
     if None not in cpu_s:
         row["server_cpu_cores"] = sum(cpu_s) / sum(window["seconds"] for window in windows)
+    if level.rate:  # a request that fails ends the window, which is refused; this one counts what has no answer
+        row["lost"] = sum(window["requests"] for window in windows) - len(pooled)
     spread = level.spread_percent()
     row |= {"spread_percent": spread, "stable": spread <= args.stability_percent}
     row |= {"rounds": [make_round(window) for window in windows], "csv": windows[-1]["csv"]}

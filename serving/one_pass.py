@@ -60,6 +60,23 @@ def opener(settings, output):
     return functools.partial(ENGINES[settings["engine"]], settings["graph"], output, settings["precision"])
 
 
+def choose_graph(repository, card, precision=None, engine=None):
+    """(what opens graph and tokenizer, the same in words): as asked, else as verdict.choose chose, else as recorded."""
+    service = card["service"]
+    chosen = service.get("cpu_engine"), service.get("cpu_precision")
+    if chosen[0] and not (precision or engine) and (reason := why_not(*chosen)):
+        print(
+            f"{service['name']}: chosen was {', '.join(chosen)}: {reason}; choose again: verdict.choose",
+            file=sys.stderr,
+        )
+        chosen = None, None
+    precision = precision or chosen[1] or service["precision"]
+    settings = graph_settings(repository, card, precision, engine or chosen[0] or "onnxruntime")
+    settings["tokenizer"] = str(tokenizer_path(repository).parent.resolve())
+    form = "padded" if settings["position_offset"] is None else "packed"
+    return settings, f"{TITLES[settings['engine']]}, {settings['precision']}, {form}"
+
+
 def write_one_pass(repository, output, precision, engine):
     """Write the folder; returns a line of what it is, or None where only the ensemble serves."""
     card = read_card(repository)
@@ -72,19 +89,8 @@ def write_one_pass(repository, output, precision, engine):
         with replace_folder_when_done(output) as temporary:
             by = generation.write_one_pass(repository, card, temporary, precision)
         return f"{service['name']}: one pass, {by}"
-    chosen = service.get("cpu_engine"), service.get("cpu_precision")
-    if chosen[0] and not (precision or engine) and (reason := why_not(*chosen)):
-        print(
-            f"{service['name']}: chosen was {', '.join(chosen)}: {reason}; choose again: verdict.choose",
-            file=sys.stderr,
-        )
-        chosen = None, None
-    precision = precision or chosen[1] or service["precision"]
-    engine = engine or chosen[0] or "onnxruntime"
-    settings = graph_settings(repository, card, precision, engine)
-    settings["tokenizer"] = str(tokenizer_path(repository).parent.resolve())
-    form = "padded" if settings["position_offset"] is None else "packed"
-    by = f"{TITLES[engine]}, {settings['precision']}, {form}, {settings['cores']} cores"
+    settings, by = choose_graph(repository, card, precision, engine)
+    by += f", {settings['cores']} cores"
     config = service_config(service["name"], card, service["max_batch_size"], by)
     with replace_folder_when_done(output) as temporary:
         folder = temporary / service["name"]

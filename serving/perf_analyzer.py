@@ -46,7 +46,8 @@ def run_requests(tool, options, requests, folder, timeout_s):
         lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
         raise Refused(f"perf_analyzer: {lines[-1]}")
     (experiment,) = json.loads(times_path.read_text(encoding="utf-8"))["experiments"]
-    times = [(request["timestamp"], request["response_timestamps"][-1]) for request in experiment["requests"]]
+    answered = [request for request in experiment["requests"] if request["response_timestamps"]]
+    times = [(request["timestamp"], request["response_timestamps"][-1]) for request in answered]
     if len(times) != requests:
         raise Refused(f"perf_analyzer: expected {requests} requests, found {len(times)}")
     return times, csv_path.read_text(encoding="utf-8")

@@ -146,20 +146,29 @@ def write_answers(folder, card, tokenizer, code, settings):
     write_file(folder / "model.py", (MODELS_CODE / code).read_bytes())
     for name in filter(None, ("__init__", task.answers)):
         write_file(folder / "answers" / f"{name}.py", (MODELS_CODE / "answers" / f"{name}.py").read_bytes())
-    own = answers_of(card["task"]).settings_of(card, tokenizer) if task.answers else {}
-    write_json(folder / "settings.json", settings | {"answers": task.answers} | own)
+    write_json(folder / "settings.json", settings | answers_settings(card, tokenizer))
+
+
+def answers_settings(card, tokenizer):
+    """What makes answers of a task's tensors, and what it needs of the record."""
+    answers = answers_of(card["task"])
+    return {"answers": TASKS[card["task"]].answers} | (answers.settings_of(card, tokenizer) if answers else {})
+
+
+def service_settings(card, settings):
+    """What a service in one model reads of its task; settings: "tokenizer", its folder, and what opens a graph or asks it."""
+    task = TASKS[card["task"]]
+    facts = {"takes": task.takes, "also": task.also, "output": task.output, "per_token": task.per_token}
+    return {"engine": "Triton", "inputs": card["inputs"]} | facts | settings
 
 
 def write_service(folder, card, tokenizer, settings):
-    """A version of a service in one model. settings: "tokenizer", its folder, and "graph_model" or what opens a graph."""
-    task = TASKS[card["task"]]
+    """A version of a service in one model; settings as in service_settings."""
     for name in ("runner", "engines", "onnx_runtime"):
         write_file(folder / f"{name}.py", (ROOT / "core" / f"{name}.py").read_bytes())
+    write_file(folder / "rows.py", (MODELS_CODE / "rows.py").read_bytes())
     write_file(folder / "texts.py", (TOKENIZER_CODE / "texts.py").read_bytes())
-    facts = {"takes": task.takes, "also": task.also, "output": task.output, "per_token": task.per_token}
-    write_answers(
-        folder, card, tokenizer, "service.py", {"engine": "Triton", "inputs": card["inputs"]} | facts | settings
-    )
+    write_answers(folder, card, tokenizer, "service.py", service_settings(card, settings))
 
 
 def check_target(source, target):

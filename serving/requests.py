@@ -13,6 +13,7 @@ from http.client import HTTPException
 import numpy as np
 from tritonclient.utils import InferenceServerException, triton_to_np_dtype
 
+from serving.retry import TRIES
 from serving.server import connect, infer, make_inputs
 
 Server = namedtuple("Server", "url protocol timeout_s")
@@ -175,7 +176,8 @@ def ask(server, model, rows, outputs, parameters):
     except ValueError:
         raise FailedError("expected arrays of one shape in a request; --batch-size 1") from None
     with named_errors(server):
-        found = infer(model.name, tensors, outputs, server.url, server.protocol, parameters, server.timeout_s)
+        given = (model.name, tensors, outputs, server.url, server.protocol, parameters, server.timeout_s)
+        found = infer(*given, tries=TRIES)
     if not model.max_batch_size:
         return [{name: plain(array) for name, array in found.items()}]
     if missing := [name for name, array in found.items() if array is None or len(array) != len(rows)]:

@@ -9,6 +9,7 @@ import tritonclient.http
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from core.tables import ENGINES, TEXT
+from serving.retry import retry
 
 HTTP_URL, GRPC_URL = "127.0.0.1:8000", "127.0.0.1:8001"
 # what tritonclient raises where the server is gone, refuses, or the url is no host:port
@@ -41,15 +42,17 @@ def make_inputs(module, tensors):
     return inputs
 
 
-def infer(model, tensors, outputs, url, protocol="http", parameters=None, timeout_s=TIMEOUT_S):
+def infer(model, tensors, outputs, url, protocol="http", parameters=None, timeout_s=TIMEOUT_S, **tries):
     """Send arrays by name to a model, with the request's parameters; returns {output: array}.
 
-    Raises one of SERVER_ERRORS.
+    timeout_s: for each try. tries: what serving.retry takes; one try where nothing is said, since a measurement must see
+    what is lost. Raises one of SERVER_ERRORS.
     """
     client, module = connect(url, protocol, timeout_s)
     requested = [module.InferRequestedOutput(name) for name in outputs]
     deadline = {} if protocol == "http" else {"client_timeout": timeout_s}
-    response = client.infer(model, make_inputs(module, tensors), outputs=requested, parameters=parameters, **deadline)
+    options = {"outputs": requested, "parameters": parameters} | deadline
+    response = retry(lambda: client.infer(model, make_inputs(module, tensors), **options), **({"tries": 1} | tries))
     return {name: response.as_numpy(name) for name in outputs}
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from serving.health import find_fault, is_loaded, read_question
 
-INTERVAL_S, TIMEOUT_S, FAULTS = 2, 10, 2  # between questions; for an answer; without one in a row
+INTERVAL_S, TIMEOUT_S, FAULTS = 2, 5, 2  # between questions; for an answer; without one in a row
 LONGEST_WAIT_S, MOST_STARTS, WINDOW_S = 30, 10, 600
 SET_DEATH_SIGNAL = 1  # of prctl(2)
 

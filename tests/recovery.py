@@ -145,13 +145,13 @@ def main():
     card, ports = read_card(args.repository), free_ports(3)
     question, url = read_question(args.repository / "health.json"), f"127.0.0.1:{ports[0]}"
     record = {"model": card, "environment": environment_record(), "kills": {}}
-    with served(args.repository, ports):
-        _, right = ask(url, *question, 30)
-        for name, kill in KILLS.items():
+    for name, kill in KILLS.items():
+        with served(args.repository, ports):  # anew, for a supervisor waits longer before each further start
+            _, right = ask(url, *question, 30)
             record["kills"][name] = recover(url, question, right, kill, ports[0])
             seconds = record["kills"][name]
             print(f"{name}: no answer" if seconds is None else f"{name}: {seconds:.1f} s", flush=True)
-            time.sleep(10)
+    with served(args.repository, ports):
         counts, times = load(url, question, right, args.clients, args.seconds)
         time.sleep(1)
         after = ask(url, *question, 30) == (200, right)

@@ -69,7 +69,14 @@ def level(model, speed, concurrency=1, **facts):
     } | facts  # fmt: skip
 
 
-def write_perf(folder, model, rows, engines=CPU, planned=()):
+def rate(asked, p99_ms, model="ensemble", **facts):
+    """A row at which requests came at random, and as many were answered as came."""
+    row = level(model, asked, None, latency_p99_ms=p99_ms, share=0.5, asked_requests_per_s=asked, lost=0)
+    del row["concurrency"]
+    return row | facts
+
+
+def write_perf(folder, model, rows, engines=CPU, planned=(), **facts):
     settings = {"protocol": "grpc", "batch_size": 1, "window_s": 2, "rounds": 3, "stability_percent": 10}
     content = {
         "server": {"name": "triton", "version": "2.51.0", "protocol": "grpc", "engines": engines},
@@ -77,7 +84,7 @@ def write_perf(folder, model, rows, engines=CPU, planned=()):
         "planned": [[row["model"], row["concurrency"]] for row in rows] + list(planned),
         "bare_infer_per_s": {key: {"1": 55.0, "8": 56.0} for key in EMBEDDERS}, "rows": rows,
     }  # fmt: skip
-    write(folder, "perf", record(model, **content))
+    write(folder, "perf", record(model, **(content | facts)))
 
 
 def write_generation(folder, model):
@@ -102,6 +109,10 @@ def write_survival(folder, model):
     }  # fmt: skip
     write(folder, "soak", record(model, runs={"INT8": run}))
     load = {"clients": 400, "seconds": 30, "outcomes": {"right": 9, "refused": 5}, "p99_s_of_answered": 1.25}
+    row = {"protocol": "HTTP", "requests": 200, "p99_s": 0.5, "slowest_s": 4.0, "errors": []}
+    rows = [row | {"client": "asked once", "lost": 1, "wrong": 2}]
+    rows.append(row | {"client": "asked again", "requests": 100, "lost": 0, "wrong": 0})
+    write(folder, "failover", record(model, servers=3, requests_per_s=63.2, faults={"one hangs": rows}))
     write(folder, "recovery", record(model, kills={"the server, SIGKILL": 12.3, "the guard": None}, overload=load))
 
 

@@ -34,7 +34,8 @@ def guarded(tiny, *options, **limits):
     finally:
         run("serve.sh", "stop", "--http-port", http_port)
         left = subprocess.run(["ps", "-wweo", "stat,args"], capture_output=True, text=True).stdout.splitlines()
-        assert not [line for line in left if f"serve/{http_port}/haproxy.pid" in line and line[0] != "Z"]
+        marks = (f"serve/{http_port}/haproxy.pid", f"triton-{http_port}-")
+        assert not [line for line in left if any(mark in line for mark in marks) and line[0] != "Z"]
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +112,21 @@ def test_a_server_that_is_gone_behind_its_guard_is_not_called_healthy(tiny):
         os.kill(pid, 9)
         time.sleep(1)
         assert run("serve.sh", "status", "--http-port", service.http).returncode == 1
+
+
+def test_a_guard_that_is_gone_comes_back_with_the_server(tiny):
+    with guarded(tiny, "--supervise") as service:
+        subprocess.run(["pkill", "-KILL", "-f", f"^haproxy .*serve/{service.http}/haproxy.pid"], check=True)
+        ends = time.monotonic() + 40
+        while time.monotonic() < ends and not answers(service.http):
+            time.sleep(0.5)
+        assert answers(service.http)
+
+
+def answers(port):
+    with contextlib.suppress(OSError):
+        return ask(port) == 200
+    return False
 
 
 def test_strangers_need_a_token_and_reach_inference_only(service):

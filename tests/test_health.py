@@ -1,5 +1,6 @@
 """serve.sh over a server's whole life: one start at a time, the truth of its state, kills, and requests in flight."""
 
+import http.server
 import json
 import os
 import signal
@@ -14,6 +15,8 @@ from types import SimpleNamespace
 import pytest
 from any_models import WORDS, WORDS_CONFIG
 from conftest import ROOT, free_ports, link_copy, run, succeed
+
+from serving.health import find_fault, read_question
 
 BACK_WITHIN_S = 40  # on a busy machine; alone it takes half of that
 
@@ -45,6 +48,37 @@ def ask(place, model="tiny", timeout_s=30, **body):
         return error.code
     except OSError:
         return None
+
+
+def ask_health(port, question, *options):
+    return run("serving.health", "--url", f"127.0.0.1:{port}", *options, question)
+
+
+class Slow(http.server.BaseHTTPRequestHandler):
+    """A live server whose model answers too late."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+    def do_POST(self):
+        time.sleep(3)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_busy_server_is_well_for_a_patient_question_alone_and_a_dead_one_for_none(tmp_path):
+    question = tmp_path / "health.json"
+    question.write_text(json.dumps({"model": "m", "body": {"inputs": []}}))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    assert ask_health(server.server_port, question, "--timeout-s", 1, "--patient").returncode == 0
+    usual = ask_health(server.server_port, question, "--timeout-s", 1)
+    assert usual.returncode == 1 and "no answer within 1 s" in usual.stderr
+    server.shutdown()
+    server.server_close()
+    assert ask_health(server.server_port, question, "--patient").returncode == 1
 
 
 def pids(place, words):
@@ -99,6 +133,8 @@ def test_status_tells_that_a_models_process_is_dead_and_nothing_stays_of_it(plac
     os.kill(stub, signal.SIGKILL)
     done = run("serve.sh", "status", "--http-port", place.http)
     assert done.returncode == 1 and "not healthy" in done.stderr and "does not answer" in done.stderr
+    patient = ask_health(place.http, place.repository / "health.json", "--patient")
+    assert patient.returncode == 1 and "Stub process" in patient.stderr  # an error is none that passes
     (server,) = pids(place, "bin/tritonserver")
     os.kill(server, signal.SIGKILL)
     succeed("serve.sh", "stop", "--http-port", place.http)
@@ -153,3 +189,27 @@ def test_stop_waits_for_the_requests_in_flight_and_loses_none(place, tmp_path):
     for thread in threads:
         thread.join()
     assert answers == [200] * 8
+
+
+def test_a_service_that_is_late_but_answers_others_is_busy_and_not_ill(place):
+    assert serve("start", place).returncode == 0
+    url, question = f"127.0.0.1:{place.http}", read_question(place.repository / "health.json")
+    ends, found = time.monotonic() + 4, []
+
+    def ask_on():
+        while time.monotonic() < ends:
+            ask(place)
+
+    threads = [threading.Thread(target=ask_on) for _ in range(256)]
+    for thread in threads:
+        thread.start()
+    time.sleep(1)
+    while time.monotonic() < ends - 1:
+        found.append(find_fault(url, *question, 0.2))
+    for thread in threads:
+        thread.join()
+    assert "" in found
+    (stub,) = pids(place, "triton_python_backend_stub")
+    os.kill(stub, signal.SIGSTOP)
+    assert "no answer within 1 s" in find_fault(url, *question, 1)
+    os.kill(stub, signal.SIGKILL)

@@ -74,7 +74,7 @@ def test_context_holds_the_repository_and_no_build_is_needed_to_serve_it(place, 
     assert done.returncode == 0, done.stderr
     context = place / "build/image/tiny"
     found = {p.name for p in context.iterdir()}
-    assert found == {"made", "model_repository", "health.py", "Dockerfile", ".dockerignore"}
+    assert found == {"made", "model_repository", "health.py", "Dockerfile", ".dockerignore", "kustomization.yaml"}
     assert (context / "model_repository/health.json").is_file()
     assert "max_batch_size: 4" in (context / "model_repository/tiny/config.pbtxt").read_text()
     check_repository(context / "model_repository")
@@ -137,6 +137,10 @@ def test_image_is_built_without_network_and_clean_removes_what_was_made(place, t
     (place / "build/mine.txt").write_text("mine")
     done = make(place, tiny.repository, docker=docker)
     assert done.returncode == 0 and "made: tiny:onnx" in done.stdout, done.stderr
+    assert f"kubectl apply -k {place}/build/image/tiny" in done.stdout
+    cluster = yaml.safe_load((place / "build/image/tiny/kustomization.yaml").read_text())
+    assert (place / "build/image/tiny" / cluster["resources"][0] / "deployment.yaml").is_file()
+    assert (cluster["images"][0]["newName"], cluster["images"][0]["newTag"]) == ("tiny", "onnx")
     calls = (docker / "calls").read_text()
     assert "build --network none --tag tiny:onnx" in calls
     assert make(place, tiny.repository, "--tag", "tiny:2", docker=docker).returncode == 0

@@ -1,9 +1,12 @@
 """perf.py: real levels on the real server, and windows that must be refused."""
 
 import csv
+import math
 import os
+import statistics
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +15,7 @@ from conftest import free_ports, run
 import perf
 from core import files, tables
 from serving import load, server
+from serving.levels import csv_name
 
 MEASURED = ("ONNX", "TRT_INT8", "tokenizer", "ensemble")  # run.sh's test measures all
 
@@ -104,7 +108,7 @@ def test_the_raw_output_is_that_of_the_last_round(measured):
     assert len(list((measured.folder / "perf").glob("*.csv"))) == len(measured.rows)
     assert not (measured.folder / "perf.partial").exists()
     for row in measured.rows:
-        path = measured.folder / "perf" / perf.csv_name(row)
+        path = measured.folder / "perf" / csv_name(row)
         (line,) = csv.DictReader(path.read_text().splitlines())
         if row["n"] > 600:  # of few requests, the tool's percentile is another than ours
             assert int(line["p50 latency"]) / 1e3 == pytest.approx(row["rounds"][-1]["latency_p50_ms"], rel=0.05), row
@@ -155,7 +159,60 @@ def test_a_level_that_never_settles_is_repeated_longer_and_marked(chain, tmp_pat
     assert "UNSTABLE" in done.stdout
 
 
-@pytest.mark.parametrize("options", [("--concurrency", "a"), ("--concurrency", "0"), ("--batch-size", "9")])
+# --- requests at a rate --------------------------------------------------------------
+
+
+def test_requests_come_at_shares_of_the_best_throughput(chain, tmp_path):
+    options = ("--quick", "--models", "tokenizer", "--concurrency", 4, "--window-s", 0.4, "--stability-percent", 1000)
+    done = perf_py(chain.grpc, chain, tmp_path, *options, "--rates", 0.7, 0.3)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    record, folder = read_perf(tmp_path)
+    (closed,), rates = record["rows"], record["rates"]
+    assert record["planned"] == [["tokenizer", 4]] and [row["share"] for row in rates] == [0.3, 0.7]
+    for row in rates:
+        assert "error" not in row, row
+        assert row["asked_requests_per_s"] == pytest.approx(row["share"] * closed["throughput_infer_per_s"])
+        assert row["throughput_infer_per_s"] < 1.5 * row["asked_requests_per_s"]
+        assert row["n"] == sum(r["requests"] for r in row["rounds"]) and row["lost"] == 0
+        assert 0 < row["latency_p50_ms"] <= row["latency_p95_ms"]
+        assert (row["latency_p99_ms"] is None) == (row["n"] < load.P99_FROM)
+        assert row["mean_batch_size"] >= 1 and row["server_queue_ms"] > 0
+        assert (folder / "perf" / csv_name(row)).is_file()
+        assert f"{row['asked_requests_per_s']:6.1f} requests/s" in done.stdout
+
+
+@pytest.fixture
+def level(tmp_path):
+    return load.Level("ONNX", "model_ONNX", None, tmp_path / "in.json", 0.5, 20.0)
+
+
+def gaps_of(level, requests):
+    """Seconds between requests as they are handed to perf_analyzer."""
+    *options, path = load.load_options(level, requests)
+    assert options == ["--async", "--request-intervals"]
+    return [int(line) / 1e6 for line in Path(path).read_text().split()]
+
+
+def test_they_come_at_random_in_every_round_anew_and_as_many_as_asked_for(level):
+    gaps = gaps_of(level, 2000)
+    assert statistics.fmean(gaps) == pytest.approx(1 / 20, rel=1e-3)
+    assert statistics.pstdev(gaps) == pytest.approx(1 / 20, rel=0.1)  # as long as the mean: a Poisson process
+    assert sum(gap < 1 / 40 for gap in gaps) / 2000 == pytest.approx(1 - math.exp(-1 / 2), abs=0.03)
+    assert gaps == gaps_of(level, 2000)
+    level.windows.append({})
+    assert gaps != gaps_of(level, 2000)
+
+
+@pytest.mark.parametrize(("quick", "window_s", "requests"), [(False, 1, 67), (False, 6, 120), (True, 1, 20)])
+def test_three_windows_at_a_rate_have_a_p99(level, quick, window_s, requests):
+    args, level.speed = SimpleNamespace(quick=quick, window_s=window_s), level.rate
+    assert load.window_requests(args, level, 1) == requests and load.window_requests(args, level, 2) == 2 * requests
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--concurrency", "a"), ("--concurrency", "0"), ("--batch-size", "9"), ("--rates", "0"), ("--rates", "1.1")],
+)
 def test_bad_usage_exits_2(options):
     assert run("perf.py", *options).returncode == 2
 

@@ -15,7 +15,7 @@ from test_perf import perf_py, read_perf
 
 import perf
 from core import files
-from serving import load, perf_analyzer, server
+from serving import levels, load, perf_analyzer, server
 
 OPTIONS = ("--models", "tokenizer", "--window-s", 0.3, "--stability-percent", 1000)
 
@@ -118,15 +118,31 @@ def row(model, concurrency, **values):
 
 def record(rows, environment):
     planned = [[r["model"], r["concurrency"]] for r in rows]
-    return {"rows": rows, "planned": planned, "bare_infer_per_s": {}, "environment": environment}
+    return {"rows": rows, "rates": [], "planned": planned, "bare_infer_per_s": {}, "environment": environment}
 
 
 def test_a_refused_level_never_replaces_a_measured_one():
     old = record([row("ONNX", 1, n=3), row("tokenizer", 1, error="old")], "first")
     new = record([row("tokenizer", 1, n=4), row("ONNX", 1, error="new"), row("ONNX", 2, error="new")], "second")
-    merged = perf.merge(old, new)
+    merged = levels.merge(old, new)
     assert merged["rows"] == [row("ONNX", 1, n=3), row("ONNX", 2, error="new"), row("tokenizer", 1, n=4)]
     assert merged["earlier_environments"] == ["first"] and merged["environment"] == "second"
+
+
+def rate(model, share, n):
+    return {"model": model, "share": share, "n": n}
+
+
+def test_the_rates_of_a_model_are_replaced_together_and_stay_where_it_was_not_measured_again():
+    old = record([row("ONNX", 1)], "first") | {
+        "rates": [rate("ONNX", s, 1) for s in (0.3, 0.7)] + [rate("ensemble", 0.3, 1)]
+    }
+    new = record([row("ONNX", 2)], "second") | {"rates": [rate("ONNX", 0.5, 2)]}
+    merged = levels.merge(old, new)
+    assert merged["rates"] == [rate("ONNX", 0.5, 2), rate("ensemble", 0.3, 1)]
+    assert levels.merge(old, record([row("ONNX", 2)], "second"))["rates"] == old["rates"]
+    del old["rates"]  # of an older version
+    assert levels.merge(old, new)["rates"] == new["rates"]
 
 
 # --- the tool ------------------------------------------------------------------------
@@ -155,6 +171,16 @@ def test_a_tool_that_hangs_is_ended_and_tried_again(chain, tmp_path, monkeypatch
     load.measure_window(perf_analyzer.Tool([str(tool)], None, None), args, level, 1)
     assert "found it waiting" in level.error and calls.read_text().count("x") == load.TRIES
     assert "sleep 61.25" not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+
+
+def test_a_request_without_an_answer_refuses_the_window(tmp_path):
+    requests = [{"timestamp": 1, "response_timestamps": times} for times in ([2], [], [3])]
+    (tmp_path / "answer").write_text(json.dumps({"experiments": [{"requests": requests}]}))
+    tool = write_program(
+        tmp_path / "perf_analyzer", f"cp {tmp_path}/answer {tmp_path}/times.json; touch {tmp_path}/window.csv\n"
+    )
+    with pytest.raises(perf_analyzer.Refused, match="expected 3 requests, found 2"):
+        perf_analyzer.run_requests(perf_analyzer.Tool([str(tool)], None, None), [], 3, tmp_path, 60)
 
 
 @pytest.fixture

@@ -60,6 +60,15 @@ def test_an_unstable_and_an_unmeasured_level_are_marked(place):
     assert "| no, 31% |" in tables and "| TRT_BEST | 1 | not measured |" in tables
 
 
+def test_rates_stand_in_the_tables(place):
+    rates = [data.rate(42.0, 97.5, share=0.3), data.rate(70.0, 0, share=0.5) | {"error": "called by others"}]
+    data.write_perf(place.folder, place.model, [data.level("ONNX", 50.0)], rates=rates)
+    assert "Poisson" not in written(place)
+    tables = (place.folder / "tables.md").read_text()
+    assert "| ensemble | 42.0 | 30% | 42.0 | 400 | 0 | 19.0 | 22.0 | 97.5 | 0.1 | 1.00 | yes |" in tables
+    assert "| ensemble | 70.0 | 50% | called by others |" in tables
+
+
 def test_what_padding_costs_is_shown_where_both_lengths_were_measured(place):
     dynamic = place.folder.parent.with_name("all-MiniLM-L6-v2-dynamic") / place.folder.name
     model = data.card(fixed_length=False, outputs={"EMBEDDING": [-1, 2]}, reference_sha256="f" * 64)
@@ -136,12 +145,12 @@ def test_what_a_service_survived_is_counted_by_outcome(place):
     data.write_survival(place.results / "reviews" / "a-cpu", data.classifier())
     text = block(written(place), "survived")
     assert "| reviews, INT8 | 30 | 800 / 0 / 0 | 199 / 1 | 400 / 401 | +1.5 ± 2.0 |" in text
-    assert (
-        "12.3 s after the server, SIGKILL, not measured s after the guard" not in text
-    )  # no seconds of what never came
-    assert "12.3 s after the server, SIGKILL" in text and "never after the guard" in text
-    assert "400 clients at once for 30 s: 5 refused, 9 right" in text and "1.2 s or more" in text
+    assert "answers again not always after 2 kinds of kill" in text
+    assert "400 clients at once for 30 s: 5 refused, 9 right" in text and "p99 of the answers 1.2 s" in text
+    assert "3 servers behind HAProxy in 1 kinds of fault, 63 requests/s: of 300, 1 lost and 2 wrong" in text
     tables = (place.results / "reviews" / "a-cpu" / "tables.md").read_text()
+    assert "12.3 s after the server, SIGKILL and never after the guard" in tables
+    assert "| one hangs | HTTP | asked once | 200 | 1 | 2 | 0.50 | 4.00 |" in tables
     assert "## What it survived" in tables and "+1.5 ± 2.0" in tables
 
 

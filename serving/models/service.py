@@ -1,17 +1,17 @@
 """A service in one model: texts -> tokens -> the graph -> answers, for all requests that wait, in one call.
 
-It lies in a repository as <service>/1/model.py, beside answers/, the functions of its task, settings.json, and runner.py
-where it executes the graph itself; else it asks the graph's model. Strings all have one shape, so every request that
-waits joins the batch, whatever its length.
+It lies in a repository as <service>/1/model.py, beside rows.py, answers/, the functions of its task, settings.json, and
+runner.py where it executes the graph itself; else it asks the graph's model. Strings all have one shape, so every
+request that waits joins the batch, whatever its length.
 """
 
+import ctypes
 import functools
 import importlib
 import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import triton_python_backend_utils as pb_utils
 
 
@@ -24,17 +24,12 @@ class TritonPythonModel:
         sys.path.insert(0, str(tokenizer / "site-packages"))
         # what lies beside this file, and the tokenizer's package: only now can they be found
         load = importlib.import_module("tokenizers").Tokenizer.from_file
-        self.common, self.runner, self.texts = map(importlib.import_module, ("answers", "runner", "texts"))
+        names = ("answers", "rows", "runner", "texts")
+        self.common, self.rows, self.runner, self.texts = map(importlib.import_module, names)
         name = self.settings["answers"]
         self.answers = importlib.import_module(f"answers.{name}") if name else None
-        self.tokenizer, self.whole = (load(str(tokenizer / "tokenizer.json")) for _ in range(2))
-        self.whole.no_truncation()
-        self.whole.no_padding()
-        self.padding = self.tokenizer.padding
-        self.tokenizer.no_padding()  # texts are padded to the longest of their batch, or not at all
-        if "overlap" in self.settings:
-            length, overlap = self.settings["max_length"], self.settings["overlap"]
-            self.tokenizer.enable_truncation(length, stride=overlap, strategy="only_second")
+        path = tokenizer / "tokenizer.json"
+        self.tokenizer, self.whole, self.padding = self.rows.open_tokenizers(path, self.settings, load)
         config = json.loads(args["model_config"])
         self.largest, self.limits = config["max_batch_size"], self.texts.read_limits(config)
         self.run = self.ask
@@ -42,6 +37,7 @@ class TritonPythonModel:
             self.run = self.open_graph(folder)
             for texts in (1, 2 * self.settings["cores"]):  # no request pays for the first run of a session
                 self.run(self.whole.encode_batch(["A real text, for the first run of each session."] * texts))
+            ctypes.CDLL(None).malloc_trim(0)  # what the graph's file took goes back to the system
 
     def open_graph(self, folder):
         """A Runner of the graph in this process."""
@@ -126,32 +122,11 @@ class TritonPythonModel:
         for row in rows:
             row["outputs"] = [next(outputs) for _ in row["encodings"]]
         try:
-            tensors = self.answer(rows, parameters_of(request))
+            tensors = self.rows.answer(rows, self.settings, self.common, self.answers, parameters_of(request))
         except ValueError as error:
             return failure(str(error), pb_utils.TritonError.INVALID_ARG)
         wanted = request.requested_output_names()
         return pb_utils.InferenceResponse([pb_utils.Tensor(n, values) for n, values in tensors.items() if n in wanted])
-
-    def answer(self, rows, parameters):
-        """{output: array} of a request's rows."""
-        if "overlap" in self.settings:
-            found = [
-                self.answers.answer(
-                    row["texts"][1], row["outputs"], list(map(self.answers.spans_of, row["encodings"])), parameters
-                )
-                for row in rows
-            ]
-            return self.answers.tensors_of(found, [row["outputs"] for row in rows], parameters)
-        tensors = {self.settings["output"]: self.common.stack([row["outputs"][0] for row in rows])}
-        if not self.answers:
-            return tensors
-        encodings = [row["encodings"][0] for row in rows]
-        for name in self.settings["also"]:
-            if name in self.settings["takes"]:
-                tensors[name] = np.array([[row["texts"][0].encode()] for row in rows], dtype=object)
-            else:
-                tensors[name] = self.common.stack([self.common.column(e, name) for e in encodings])
-        return tensors | self.answers.answer(tensors, self.settings, parameters)
 
 
 def parameters_of(request):
