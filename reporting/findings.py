@@ -161,9 +161,8 @@ def find_bounds(model):
     if None in least.values():
         return text
     text += f" The least latency at batch 8 is {md.listing(f'{us:.0f} µs in {p}' for p, us in least.items())}."
-    if least["BEST"] < least["INT8"]:
-        above = ", above FP16's" if least["INT8"] > least["FP16"] else ""
-        text += f" INT8, with FP32 around its Q/DQ pairs, shows the arithmetic and has the higher bound{above}; BEST, with FP16 around them, is the one to deploy."
+    if least["INT8"] > least["FP16"]:
+        text += " INT8's is above FP16's: FP32 stands around its products."
     return text
 
 
@@ -226,7 +225,7 @@ def results(models, everything):
         parts += result_table(model)
         if model["perf"]:
             parts.append(noise_line(model["perf"]))
-        parts += [padding_line(m) for m in everything if m["padded"] is model]
+        parts += [padding_line(m) for m in everything if m["padded"] and m["padded"]["slug"] == model["slug"]]
         parts.append(f"All its tables: [{md.DETAILS}]({md.relative(model, md.DETAILS)}).")
     return parts or [f"Results of an encoder: {md.NOT_MEASURED}."]
 

@@ -44,7 +44,7 @@ def blocks(models):
 def elsewhere(everything, shown):
     """Links to the measurements of other machines."""
     links = [
-        f"[{m['title']} on {m['machine']}]({relative(m, DETAILS)})"
+        f"[{m['title']}]({relative(m, DETAILS)})"
         for m in everything
         if m["folder"] not in [s["folder"] for s in shown] and not m["padded"]
     ]

@@ -144,7 +144,7 @@ def padding_line(model):
     if not ratios:
         return f"At dynamic length: {NOT_MEASURED}."
     return (
-        f"At dynamic length, without padding, its embedders' throughput is {min(ratios):.2f} to {max(ratios):.2f} times as high "
+        f"At dynamic length, on texts as long as they are, its embedders' throughput is {min(ratios):.2f} to {max(ratios):.2f} times as high "
         f"([table]({relative(model, DETAILS)}))."
     )
 
