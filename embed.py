@@ -84,7 +84,7 @@ def choose_compute(args, card):
     if not args.url:
         from serving.one_pass import choose_graph
 
-        return choose_graph(args.repository, card, args.precision, args.engine)
+        return choose_graph(args.repository, card, args.precision, args.engine, pack=False)
     from serving.server import one_pass
 
     served = one_pass(card["service"]["name"], args.url, "grpc")
@@ -147,4 +147,8 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)

@@ -6,6 +6,7 @@ impossible is found here, before anything is computed.
 """
 
 import array
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from serving import bulk_rows
 from serving.bulk_rows import BLOCK, CSV, JSONL, PARQUET, SUFFIXES
 
+AT_ONCE = 16  # files that are looked into: an object store answers slowly
 BLOCKS = 64  # of the largest piece: what a death costs, and the size of a file
 PIECES = 16  # for each worker at least, where there are rows enough: all end at about the same time
 
@@ -130,10 +132,12 @@ def plan(system, files, columns, piece_rows=None, workers=1):
 
     piece_rows: a multiple of BLOCK; None: by the number of all rows.
     """
-    scans = {}
-    for name, (path, _) in files.items():
-        scan = scan_parquet if name.endswith(PARQUET) else scan_text
-        scans[name] = scan(system, name, path, columns)
+
+    def scan(name):
+        return (scan_parquet if name.endswith(PARQUET) else scan_text)(system, name, files[name][0], columns)
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        scans = dict(zip(files, pool.map(scan, files), strict=True))
     if not (total := sum(rows for rows, *_ in scans.values())):
         raise SystemExit(f"--input: expected at least one row, found none in {len(files)} files")
     first, *kinds = ((name, kind) for name, (*_, kind) in scans.items())

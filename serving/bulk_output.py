@@ -2,9 +2,10 @@
 
 import importlib.metadata
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 from core.record import environment_record
-from serving.bulk_input import absolute, open_place
+from serving.bulk_input import AT_ONCE, absolute, open_place
 from serving.bulk_rows import first_line, open_parquet
 from serving.bulk_worker import COUNTS, part_name, remove
 
@@ -119,7 +120,8 @@ def read_counts(output, number, piece):
 def summarize(output, pieces, left, wall_s):
     """All files' counts, and those of this run alone, which computed the pieces that were left in so many seconds."""
     system, folder = output
-    counts = [read_counts(output, number, piece) for number, piece in enumerate(pieces)]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        counts = list(pool.map(lambda number: read_counts(output, number, pieces[number]), range(len(pieces))))
     for name in names_in(output):
         if name.startswith(".part-"):  # of a worker that was killed
             remove(system, f"{folder}/{name}")

@@ -18,9 +18,9 @@ from pathlib import Path
 from core.arguments import make_parser
 from core.engines import ENGINES, TITLES, has_bf16, why_missing
 from core.files import replace_folder_when_done
-from core.repository import graph_path, read_card, tokenizer_path
+from core.repository import graph_path, present, read_card, tokenizer_path
 from core.runner import packed_inputs
-from core.tables import CPU_PRECISIONS, HIDDEN_STATE, PACKED_FILE, PRECISIONS, REFERENCE
+from core.tables import CPU_PRECISIONS, HIDDEN_STATE, PACKED_FILE, PRECISIONS, REFERENCE, model_key
 from core.tokens import load_tokenizer
 from serving import generation
 from serving.check import check_all
@@ -38,13 +38,19 @@ def why_not(engine, precision):
     return why_missing(engine)
 
 
-def graph_settings(repository, card, precision, engine):
-    """What opens the graph of a precision: the packed one where there is one. BF16 is made of FP32's by the engine."""
+def graph_settings(repository, card, precision, engine, pack=True):
+    """What opens the graph of a precision: the packed one where there is one. BF16 is made of FP32's by the engine.
+
+    pack: False where so many texts come at once that those of one length fill a batch. Padding then costs less than the
+    attention of packed texts, which is computed over all tokens of a batch.
+    """
     if reason := why_not(engine, precision):
         raise SystemExit(f"--engine {engine} --precision {precision}: {reason}")
     packed, path = card.get("packed"), graph_path(repository, REFERENCE).with_name(PACKED_FILE)
-    if not packed or precision not in (REFERENCE, "FP32", "BF16"):
-        packed, path = None, graph_path(repository, choose(repository, REFERENCE if precision == "BF16" else precision))
+    if not (packed and pack) or precision not in (REFERENCE, "FP32", "BF16"):
+        # the graph of FP32 is the reference by another name
+        own = precision == "BF16" or (precision == "FP32" and model_key(precision) not in present(repository))
+        packed, path = None, graph_path(repository, choose(repository, REFERENCE if own else precision))
     return {
         "graph": str(path.resolve()),
         "inputs": packed_inputs(card["inputs"]) if packed else card["inputs"],
@@ -60,7 +66,7 @@ def opener(settings, output):
     return functools.partial(ENGINES[settings["engine"]], settings["graph"], output, settings["precision"])
 
 
-def choose_graph(repository, card, precision=None, engine=None):
+def choose_graph(repository, card, precision=None, engine=None, pack=True):
     """(what opens graph and tokenizer, the same in words): as asked, else as verdict.choose chose, else as recorded."""
     service = card["service"]
     chosen = service.get("cpu_engine"), service.get("cpu_precision")
@@ -71,7 +77,7 @@ def choose_graph(repository, card, precision=None, engine=None):
         )
         chosen = None, None
     precision = precision or chosen[1] or service["precision"]
-    settings = graph_settings(repository, card, precision, engine or chosen[0] or "onnxruntime")
+    settings = graph_settings(repository, card, precision, engine or chosen[0] or "onnxruntime", pack)
     settings["tokenizer"] = str(tokenizer_path(repository).parent.resolve())
     form = "padded" if settings["position_offset"] is None else "packed"
     return settings, f"{TITLES[settings['engine']]}, {settings['precision']}, {form}"
