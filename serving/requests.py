@@ -245,21 +245,26 @@ def stream_grpc(server, model, row, outputs, parameters):
     tensors = {name: array[None] for name, array in row.items()} if model.max_batch_size else row
     requested, responses = [module.InferRequestedOutput(name) for name in outputs], queue.SimpleQueue()
     options = {"outputs": requested, "parameters": parameters, "enable_empty_final_response": True}
+    finished = False
     try:
         with named_errors(server):
             client.start_stream(lambda result, error: responses.put((result, error)), server.timeout_s)
             client.async_stream_infer(model.name, make_inputs(module, tensors), **options)
         while True:
-            result, error = responses.get()
             with named_errors(server):
+                try:
+                    result, error = responses.get(timeout=server.timeout_s)
+                except queue.Empty:
+                    raise TimeoutError from None
                 if error:
                     raise error
             if result.get_response().outputs:
                 yield {name: plain(result.as_numpy(name)) for name in outputs}
             if result.get_response().parameters["triton_final_response"].bool_param:
+                finished = True
                 return
     finally:
-        client.stop_stream(cancel_requests=True)
+        client.stop_stream(cancel_requests=not finished)
 
 
 def join(pieces, outputs, model):
