@@ -21,7 +21,7 @@ from serving.server import infer, text_tensor
 from tasks.examples import answers_of
 from tasks.table import TASKS
 
-TRIES = 10  # half a minute: a server that is started anew is waited for
+TRIES = 12  # half a minute: a server that is started anew is waited for
 UNDER_WAY = 4  # requests of one worker: the server computes one while the next are on their way
 OUTPUT_VALUES = 1 << 23  # of a graph in memory at a time: a masked language model has one for each of its tokens
 BAD_REQUEST = "StatusCode.INVALID_ARGUMENT"

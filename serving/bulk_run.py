@@ -88,9 +88,10 @@ def run(job, left, workers, address, stall_s):
     before = sum(sizes) - sum(sizes[number] for number in left)
     rows, moved = dict.fromkeys(left, 0), [time.monotonic()]
     watch(moved, stall_s)
+    told = reports(ray, job, left, workers, threads)
     try:
         with tqdm(total=sum(sizes), initial=before, unit="row", mininterval=5, smoothing=0.1, desc="embed") as bar:
-            for piece, done, failure in reports(ray, job, left, workers, threads):
+            for piece, done, failure in told:
                 if failure:
                     raise SystemExit(f"{failure}; the same command goes on from here")
                 if done > rows[piece]:  # a piece that is begun again has not moved yet
@@ -98,7 +99,9 @@ def run(job, left, workers, address, stall_s):
                     rows[piece], moved[0] = done, time.monotonic()
     finally:
         moved.clear()
-        ray.shutdown()
+        with no_output():  # of what Ray ends early
+            told.close()
+            ray.shutdown()
 
 
 def reports(ray, job, left, workers, threads):

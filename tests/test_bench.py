@@ -201,7 +201,7 @@ def test_a_service_is_named_by_its_repository_or_its_command(tmp_path):
 
 def options(tiny, results, *others):
     given = ("--model", tiny.checkpoint, "--repository", tiny.repository, "--results", results)
-    return (*given, "--concurrency", 1, 4, "--requests", 6, 12, "--rounds", 2, *others)
+    return (*given, "--concurrency", 1, 4, "--requests", 60, 120, "--rounds", 2, *others)
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +221,7 @@ def measured(tiny, tmp_path_factory):
 def test_the_own_service_is_measured_over_both_protocols(measured):
     systems = {system["name"]: system for system in measured.record["systems"]}
     for name in ("project", "project, gRPC"):
-        for concurrency, count in (("1", 12), ("4", 24)):
+        for concurrency, count in (("1", 120), ("4", 240)):
             level = systems[name]["levels"][concurrency]
             assert level["rounds"] == 2 and level["answers"] == {
                 "right": count, "failed": 0, "wrong_label": 0, "wrong_score": 0,

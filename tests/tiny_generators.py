@@ -3,7 +3,7 @@
 from conftest import succeed
 
 TASKS = {"llama": "text-generation", "t5": "text2text-generation"}  # of the exports
-MAX_LENGTH, MAX_NEW_TOKENS = 40, 100
+MAX_LENGTH, MAX_NEW_TOKENS = 40, 1500
 WORDS = [f"word{i}" for i in range(280)]
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<|user|>", "<|end|>")
 TEXTS = ["word1", " ".join(WORDS[5:14]), " ".join(WORDS[40:43]), " ".join(WORDS[90:120]), " ".join(WORDS[7:200:12])]
@@ -14,7 +14,7 @@ TEMPLATE = (
 SIZE = len(WORDS) + len(SPECIAL)
 CAUSAL = {
     "vocab_size": SIZE, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 256,
+    "num_key_value_heads": 2, "max_position_embeddings": 2048,
 }  # fmt: skip
 CROSS = {
     "vocab_size": SIZE, "d_model": 32, "encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": 4,
