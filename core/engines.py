@@ -11,7 +11,8 @@ def open_onnxruntime(path, output, precision, threads, streams):
     except ImportError:
         from core.onnx_runtime import open_session
 
-    session = open_session(path, threads)
+    # a lone text has all cores to itself: its threads then wait for one another awake, and sleep between two runs
+    session = open_session(path, threads, "stop" if threads > 1 else "off")
     return lambda feeds: session.run([output], feeds)[0]
 
 

@@ -20,7 +20,7 @@ from core.engines import ENGINES, TITLES, has_bf16, why_missing
 from core.files import replace_folder_when_done
 from core.repository import graph_path, present, read_card, tokenizer_path
 from core.runner import packed_inputs
-from core.tables import CPU_PRECISIONS, HIDDEN_STATE, PACKED_FILE, PRECISIONS, REFERENCE, model_key
+from core.tables import CPU_PRECISIONS, HIDDEN_STATE, ONE_PASS_BATCH_SIZE, PACKED_FILE, PRECISIONS, REFERENCE, model_key
 from core.tokens import load_tokenizer
 from serving import generation
 from serving.check import check_all
@@ -97,7 +97,11 @@ def write_one_pass(repository, output, precision, engine):
         return f"{service['name']}: one pass, {by}"
     settings, by = choose_graph(repository, card, precision, engine)
     by += f", {settings['cores']} cores"
-    config = service_config(service["name"], card, service["max_batch_size"], by)
+    settings["max_request_texts"] = service["max_batch_size"]
+    joined = service["max_batch_size"]
+    if settings["position_offset"] is None:
+        joined = max(joined, ONE_PASS_BATCH_SIZE)
+    config = service_config(service["name"], card, joined, by)
     with replace_folder_when_done(output) as temporary:
         folder = temporary / service["name"]
         write_service(folder / "1", card, load_tokenizer(tokenizer_path(repository)), settings)

@@ -5,6 +5,7 @@ import fcntl
 import io
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -70,14 +71,13 @@ def succeed(*command, **options):
 
 
 def free_ports(count):
-    """Ports that nothing listens on now."""
-    sockets = [socket.socket() for _ in range(count)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
+    """Ports one behind the other that nothing listens on now, and that no connection of a client is given meanwhile."""
+    while True:
+        first = random.randrange(10000, 32000)  # those of clients begin at 32768
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in range(first, first + count):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return list(range(first, first + count))
 
 
 def start_server(*repositories, path="auto"):

@@ -31,7 +31,7 @@ class TritonPythonModel:
         path = tokenizer / "tokenizer.json"
         self.tokenizer, self.whole, self.padding = self.rows.open_tokenizers(path, self.settings, load)
         config = json.loads(args["model_config"])
-        self.largest, self.limits = config["max_batch_size"], self.texts.read_limits(config)
+        self.name, self.largest, self.limits = config["name"], config["max_batch_size"], self.texts.read_limits(config)
         self.run = self.ask
         if "graph" in self.settings:
             self.run = self.open_graph(folder)
@@ -72,6 +72,7 @@ class TritonPythonModel:
                 self.common.check_known(parameters_of(request), self.answers.PARAMETERS)
             columns = {n: pb_utils.get_input_tensor_by_name(request, n).as_numpy() for n in self.settings["takes"]}
             texts = self.texts.read_texts(columns, self.limits)
+            self.check_size(len(texts))
             rows = [{"texts": text if isinstance(text, tuple) else (text,)} for text in texts]
             for row in rows if "overlap" in self.settings else ():
                 self.answers.read_parameters(parameters_of(request))
@@ -79,6 +80,11 @@ class TritonPythonModel:
             return rows
         except ValueError as error:
             return str(error)
+
+    def check_size(self, count):
+        """Refuse a request of more texts than the repository allows, in Triton's words: a pass may join more."""
+        if count > (allowed := self.settings.get("max_request_texts", count)):
+            raise ValueError(f"inference request batch-size must be <= {allowed} for '{self.name}'")
 
     def encode_texts(self, requests):
         """Tokens of all rows that are one text each, in one call."""
