@@ -8,6 +8,7 @@
 # Options:
 #   --replicas N             how many, 2
 #   --model-repository DIR   what they serve; with roll the new one (default: as started)
+#   --path auto|ensemble     as of serve.sh, auto
 #   --http-port N            of HAProxy, 8000; its gRPC is one above, the servers' ports start ten above
 #   --drain-s N              how long requests in flight may go on, 30
 # Reads:  the repository. Writes: build/replicas/<http port>/ and build/serve/.
@@ -29,12 +30,13 @@ parse_args() {
     -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 0 ;;
     *) fail "expected start, roll, status or stop, found '$command'; see -h" 2 ;;
   esac
-  replicas=2 repository='' http_port=8000 drain_s=30
+  replicas=2 repository='' path=auto http_port=8000 drain_s=30
   while [ $# -gt 0 ]; do
     [ $# -gt 1 ] || fail "$1: expected a value; see -h" 2
     case $1 in
       --replicas) replicas=$2 ;;
       --model-repository) repository=$(realpath -m "$2") ;;
+      --path) path=$2 ;;
       --http-port) http_port=$2 ;;
       --drain-s) drain_s=$2 ;;
       *) fail "$1: unknown option; see -h" 2 ;;
@@ -71,7 +73,7 @@ serve() {
 start_one() {
   local port
   port=$(port_of "$1")
-  serve start "$1" --device cpu --model-repository "$repository" --grpc-port $((port + 1)) --metrics-port $((port + 2)) >"$state/server$1.log" ||
+  serve start "$1" --device cpu --model-repository "$repository" --path "$path" --grpc-port $((port + 1)) --metrics-port $((port + 2)) >"$state/server$1.log" ||
     fail "server $1: expected it to start, found it failing; see the lines above"
 }
 
@@ -115,6 +117,7 @@ start() {
   mkdir -p "$state"
   echo "$replicas" >"$state/replicas"
   echo "$repository" >"$state/repository"
+  echo "$path" >"$state/path"
   write_servers >"$state/servers.cfg"
   for ((i = 1; i <= replicas; i++)); do start_one "$i"; done
   export LOCAL=yes REPLICAS=$replicas BIND=127.0.0.1:$http_port GRPC_BIND=127.0.0.1:$((http_port + 1))
@@ -149,6 +152,7 @@ roll() {
   local i kind
   replicas=$(cat "$state/replicas" 2>/dev/null) || fail "port $http_port: expected servers of ours, found none; deploy/replicas.sh start"
   [ -n "$repository" ] || repository=$(cat "$state/repository")
+  path=$(cat "$state/path")
   for ((i = 1; i <= replicas; i++)); do
     drain "$i"
     serve stop "$i" --drain-s "$drain_s" >/dev/null

@@ -66,10 +66,8 @@ def failover(model):
     rows = [row for rows in record["faults"].values() for row in rows]
     requests, lost, wrong = (sum(row[word] for row in rows) for word in ("requests", "lost", "wrong"))
     slowest = max(row["slowest_s"] for row in rows if row["slowest_s"] is not None)
-    return (
-        f"{record['servers']} servers behind HAProxy in {len(record['faults'])} kinds of fault, {record['requests_per_s']:.0f} "
-        f"requests/s: of {requests}, {lost} lost and {wrong} wrong; the slowest answer took {slowest:.1f} s."
-    )
+    rates = listing(f"{rate:.0f}" for rate in record["requests_per_s"])
+    return f"{record['servers']} servers behind HAProxy in {len(record['faults'])} kinds of fault, {rates} requests/s: of {requests}, {lost} lost and {wrong} wrong; the slowest answer took {slowest:.1f} s."
 
 
 def details(model):

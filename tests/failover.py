@@ -120,10 +120,10 @@ def pid_of(port):
     return int((ROOT / f"build/serve/{port}/server.pid").read_text().split()[0])
 
 
-def faults(port, repository, hang_s):
+def faults(port, repository, path, hang_s):
     """{name: what is done to the servers}."""
     ports = [port + 10, port + 20, port + 30]
-    start = lambda p: serve("start", p, "--device", "cpu", "--model-repository", repository, "--grpc-port", p + 1, "--metrics-port", p + 2)  # noqa: E731  # fmt: skip
+    start = lambda p: serve("start", p, "--device", "cpu", "--model-repository", repository, "--path", path, "--grpc-port", p + 1, "--metrics-port", p + 2)  # noqa: E731  # fmt: skip
 
     def kill():
         os.kill(pid_of(ports[1]), signal.SIGKILL)
@@ -141,6 +141,8 @@ def faults(port, repository, hang_s):
             start(p)
             time.sleep(2)
 
+    if path == "ensemble":
+        return {"all restarted, none drained; served model by model": restart}
     return {
         "one server killed": kill,
         f"one server stopped for {hang_s:g} s": hang,
@@ -184,24 +186,26 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repository", type=Path, required=True)
     parser.add_argument("--http-port", type=int, default=8000, help="and the 32 above it (default: %(default)s)")
+    parser.add_argument("--no-ensemble", action="store_true", help="leave out the restart of an ensemble's servers")
     parser.add_argument("--texts", type=Path, default=TEXTS)
     parser.add_argument("--hang-s", type=float, default=8, help="how long one hangs (default: %(default)g)")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     card, texts = read_card(args.repository), [text for text in read_texts(args.texts) if text.strip()][:100]
     expected = expected_answers(args.repository, card, texts, "FP32")
-    record = {"model": card, "environment": environment_record(), "servers": 3, "faults": {}}
-    replicas("start", args.http_port, "--replicas", 3, "--model-repository", args.repository)
-    try:
-        load = Load(args.http_port, card["service"]["name"], texts, expected, 1)
-        record["capacity_per_s"] = capacity(load)
-        record["requests_per_s"] = load.per_s = record["capacity_per_s"] / 3
-        for name, act in faults(args.http_port, args.repository, args.hang_s).items():
-            record["faults"][name] = rows = summarise(load.during(act))
-            for row in rows:
-                print(f"{name}: {row}", flush=True)
-    finally:
-        replicas("stop", args.http_port)
+    record = {"model": card, "environment": environment_record(), "servers": 3, "requests_per_s": [], "faults": {}}
+    for path in ("auto",) if args.no_ensemble else ("auto", "ensemble"):
+        replicas("start", args.http_port, "--replicas", 3, "--model-repository", args.repository, "--path", path)
+        try:
+            load = Load(args.http_port, card["service"]["name"], texts, expected, 1)
+            load.per_s = capacity(load) / 3
+            record["requests_per_s"].append(load.per_s)
+            for name, act in faults(args.http_port, args.repository, path, args.hang_s).items():
+                record["faults"][name] = rows = summarise(load.during(act))
+                for row in rows:
+                    print(f"{name}: {row}", flush=True)
+        finally:
+            replicas("stop", args.http_port)
     path = results_folder(args.results, card) / "failover.json"
     write_json(path, record)
     print(path)

@@ -112,7 +112,7 @@ def write_survival(folder, model):
     row = {"protocol": "HTTP", "requests": 200, "p99_s": 0.5, "slowest_s": 4.0, "errors": []}
     rows = [row | {"client": "asked once", "lost": 1, "wrong": 2}]
     rows.append(row | {"client": "asked again", "requests": 100, "lost": 0, "wrong": 0})
-    write(folder, "failover", record(model, servers=3, requests_per_s=63.2, faults={"one hangs": rows}))
+    write(folder, "failover", record(model, servers=3, requests_per_s=[63.2], faults={"one hangs": rows}))
     write(folder, "recovery", record(model, kills={"the server, SIGKILL": 12.3, "the guard": None}, overload=load))
 
 
