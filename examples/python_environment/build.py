@@ -9,9 +9,7 @@ Prints: a line for each model, then the command that serves them.
 """
 
 import importlib.util
-import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,43 +17,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's mo
 
 from core.arguments import make_parser
 from core.files import ROOT
+from serving.environments import make_environment, run
 
 HERE = Path(__file__).resolve().parent
 MODELS = ("own_packages", "own_packages_packed", "own_python")
+REQUIREMENTS = HERE / "requirements.txt"
 STUB = "triton_python_backend_stub"
-ASK = (
-    "import json, sys, sysconfig; get = sysconfig.get_config_var; "
-    "print(json.dumps(['%d.%d' % sys.version_info[:2], get('LIBDIR'), get('MULTIARCH'), get('INSTSONAME')]))"
-)
-
-
-def run(*command):
-    """Run a command quietly; exits with its last line where it fails."""
-    try:
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    except OSError as error:
-        raise SystemExit(f"{command[0]}: expected a program, found {error.strerror}; name another") from None
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no words"])[-1]
-        raise SystemExit(f"{' '.join(map(str, command))}: expected success, found exit {done.returncode}: {last}")
-    return done.stdout
-
-
-def make_environment(python, folder):
-    """A venv of this Python with the packages and the interpreter's library; returns the version of Python."""
-    version, libraries, machine, library = json.loads(run(python, "-c", ASK))
-    run(python, "-m", "venv", "--clear", folder)
-    run(folder / "bin/python", "-m", "pip", "install", "--quiet", "-r", HERE / "requirements.txt")
-    # the stub is linked against it, and takes what lies here before the system's of another patch release
-    places = [Path(libraries) / library, Path(libraries) / str(machine) / library]
-    if found := next((path for path in places if path.exists()), None):
-        (folder / "lib" / library).symlink_to(found)
-    return version
 
 
 def write_model(folder, environment):
     """model.py and config.pbtxt with this name, and with the environment's name in the model's folder."""
-    (folder / "1").mkdir(parents=True)
+    (folder / "1").mkdir(parents=True, exist_ok=True)
     shutil.copy(HERE / "model.py", folder / "1")
     config = (HERE / "config.pbtxt").read_text(encoding="utf-8")
     config = config.replace('"own_packages"', f'"{folder.name}"').replace("/environment", f"/{environment}")
@@ -89,23 +61,17 @@ def main():
             f"--output {output}: expected a new folder or one of this script, found others' files; name another"
         )
     # an environment has its own path in its scripts, so it is made where it is to stay
-    shutil.rmtree(output, ignore_errors=True)
     folder, packed, python = (output / name for name in MODELS)
     write_model(folder, "environment")
-    version = make_environment(sys.executable, folder / "environment")
+    version = make_environment(folder / "environment", REQUIREMENTS)
     print(f"{folder.name}: Python {version}, a folder")
     write_model(packed, "environment.tar.gz")
-    run(
-        folder / "environment/bin/venv-pack",
-        "--prefix",
-        folder / "environment",
-        "--output",
-        packed / "environment.tar.gz",
-    )
+    pack = [folder / "environment/bin/venv-pack", "--force", "--prefix", folder / "environment"]
+    run(*pack, "--output", packed / "environment.tar.gz")
     print(f"{packed.name}: Python {version}, an archive")
     if args.other_python:
         write_model(python, "environment")
-        other = make_environment(args.other_python, python / "environment")
+        other = make_environment(python / "environment", REQUIREMENTS, python=args.other_python)
         if other != version:
             copy_stub(other, python)
         print(f"{python.name}: Python {other}, a folder")
