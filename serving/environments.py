@@ -33,10 +33,11 @@ def python_of(python):
     return version, next((path for path in places if ".so" in library and path.exists()), None)
 
 
-def make_environment(folder, *requirements, python=sys.executable):
+def make_environment(folder, *requirements, python=sys.executable, without=()):
     """A venv in this folder with the packages of the files, unless it is there; returns the version of Python.
 
     Of several files each is installed over the one before. A file called …no-deps.txt is taken as it stands.
+    without: packages that come with others and are taken away again.
     """
     version, library = python_of(python)
     made_of = version + "\n" + "".join(path.read_text(encoding="utf-8") for path in requirements)
@@ -50,6 +51,8 @@ def make_environment(folder, *requirements, python=sys.executable):
     for path in requirements:
         options = ["--no-deps"] if path.name.endswith("no-deps.txt") else []
         run(folder / "bin/python", "-m", "pip", "install", "--quiet", *options, "-r", path)
+    if without:
+        run(folder / "bin/python", "-m", "pip", "uninstall", "--quiet", "--yes", *without)
     # the stub is linked against it, and takes what lies here before the system's of another patch release
     if library:
         (folder / "lib" / library.name).symlink_to(library)

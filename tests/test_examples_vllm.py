@@ -43,7 +43,7 @@ def served():
     folder = ROOT / "build/vllm"
     succeed("examples/vllm/build.py", timeout_s=3600)
     break_models(folder / "repository", folder)
-    done, (http, _) = start_server(others=[folder / "repository"])
+    done, (http, _) = start_server(others=[folder / "repository"], timeout_s=900)
     yield SimpleNamespace(http=f"127.0.0.1:{http}", done=done, **json.loads((folder / "expected.json").read_text()))
     run("serve.sh", "stop", "--http-port", http)
     for name in SAID:

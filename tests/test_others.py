@@ -1,5 +1,7 @@
 """Any models beside the project's: an environment of their own, what is wrong with one, and that the others serve."""
 
+import io
+import json
 import shutil
 import subprocess
 import sys
@@ -90,14 +92,15 @@ def repository(tmp_path):
     return folder
 
 
-def test_what_cannot_be_served_is_named_and_the_others_answer(repository):
-    done, (http, _) = start_server(others=[repository])
+def test_what_cannot_be_served_is_named_and_the_others_answer(tiny, repository):
+    done, (http, _) = start_server(tiny.repository, others=[repository])
     try:
         assert done.returncode == 0, done.stderr
         service = SimpleNamespace(http=f"127.0.0.1:{http}")
         assert post(service, "whole/generate", {"PACKAGE": "only_here"})[1]["VERSION"] == "1.2.3"
         status, answer = post(service, "whole/generate", {"PACKAGE": "nowhere_at_all"})
         assert status == 400 and "No module named 'nowhere_at_all'" in answer["error"]
+        assert post(service, "tiny/generate", {"TEXT": "a text"})[0] == 200
         lines = dict(line.split(": ", 2)[1:] for line in done.stderr.splitlines() if line.startswith("not served"))
         assert lines.keys() == {"broken", "numberless", "foreign"}
         assert "expected a packed environment" in lines["broken"] and "backend 'nobody'" in lines["foreign"]
@@ -105,6 +108,21 @@ def test_what_cannot_be_served_is_named_and_the_others_answer(repository):
         assert run("serve.sh", "status", "--http-port", http).returncode == 0
     finally:
         run("serve.sh", "stop", "--http-port", http)
+
+
+def test_a_model_of_the_project_that_is_not_served_ends_the_start(tmp_path, monkeypatch, capsys):
+    (tmp_path / "foreign").mkdir()
+    index = [
+        {"name": "foreign", "state": "UNAVAILABLE", "reason": "Internal: no such\n\nAt:\n stack"},
+        {"name": "tiny"},
+    ]
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: io.BytesIO(json.dumps(index).encode()))
+    with pytest.raises(SystemExit, match="not served: tiny: Triton gives no reason"):
+        others.name_missing("127.0.0.1:8000", [tmp_path])
+    assert capsys.readouterr().err == "not served: foreign: Internal: no such\n"
+    del index[1]
+    with pytest.raises(SystemExit, match="expected a model that is served, found none"):
+        others.name_missing("127.0.0.1:8000", [tmp_path])
 
 
 def test_no_models_and_no_folder_are_named(tmp_path):

@@ -19,6 +19,8 @@ from serving.environments import environment_parameter, make_environment, run
 HERE = Path(__file__).resolve().parent
 # FP32, so that its texts are those of transformers; eager, so that nothing is compiled for minutes at the start
 ENGINE = {"dtype": "float32", "max_model_len": 1024, "max_num_seqs": 8, "enforce_eager": True}
+# for pictures and sound; PyPI's are for the CUDA build of torch, and beside the CPU's an import of them fails
+UNUSED = ("torchvision", "torchaudio", "torchcodec")
 
 
 def main():
@@ -27,7 +29,7 @@ def main():
     args = parser.parse_args()
     output = args.output.resolve()
     environment, checkpoint, model = output / "environment", output / "checkpoint", output / "repository/smollm2"
-    make_environment(environment, HERE / "requirements.txt", HERE / "requirements-no-deps.txt")
+    make_environment(environment, HERE / "requirements.txt", HERE / "requirements-no-deps.txt", without=UNUSED)
     run(environment / "bin/python", HERE / "make_checkpoint.py", checkpoint, output / "expected.json")
     (model / "1").mkdir(parents=True, exist_ok=True)
     config = (HERE / "config.pbtxt").read_text(encoding="utf-8")
