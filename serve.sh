@@ -12,6 +12,8 @@
 #   --model-repository DIR    of any task; default model_repository/ beside this script,
 #                             which has record and tokenizer in assets/ beside it; again for
 #                             several repositories in one server
+#   --any-repository DIR      of any models, such as those of examples/, as they are; again for several. A model
+#                             that does not load is named, the others serve
 #   --path auto|ensemble      on a CPU a service is one model that does all in one pass; ensemble:
 #                             the models of the repository one by one, as on a GPU (and as the
 #                             measurements of single models need it)
@@ -51,7 +53,7 @@ parse_args() {
     -h | --help) usage && exit 0 ;;
     *) fail "expected start, stop, status or run, found '$command'; see -h" 2 ;;
   esac
-  device=auto repositories=() path=auto one_pass=()
+  device=auto repositories=() others=() path=auto one_pass=()
   http_port=8000 grpc_port=8001 metrics_port=8002 timeout_s=300 drain_s=30 supervise=no guard=no
   while [ $# -gt 0 ]; do
     if [ "$1" = --supervise ]; then supervise=yes && shift && continue; fi
@@ -60,6 +62,7 @@ parse_args() {
     case $1 in
       --device) device=$2 ;;
       --model-repository) repositories+=("$2") ;;
+      --any-repository) others+=("$2") ;;
       --path) path=$2 ;;
       --engine | --precision) one_pass+=("$1" "$2") ;;
       --http-port) http_port=$2 ;;
@@ -71,7 +74,7 @@ parse_args() {
     esac
     shift 2
   done
-  [ ${#repositories[@]} -gt 0 ] || repositories=("$ROOT/model_repository")
+  [ $((${#repositories[@]} + ${#others[@]})) -gt 0 ] || repositories=("$ROOT/model_repository")
   local number
   for number in "$http_port" "$grpc_port" "$metrics_port" "$timeout_s" "$drain_s"; do
     [[ $number =~ ^[0-9]{1,5}$ ]] || fail "expected a number of at most five digits, found '$number'; see -h" 2
@@ -124,13 +127,19 @@ check() {
     questions+=("$(question_of "${repositories[i]}")")
     plain_path "${repositories[i]}"
   done
+  for i in "${!others[@]}"; do
+    [ -d "${others[i]}" ] || fail "--any-repository: expected a folder, found none at ${others[i]}"
+    others[i]=$(realpath "${others[i]}")
+    plain_path "${others[i]}"
+  done
   plain_path "$ROOT"
   [ "$guard" = no ] || command -v haproxy >/dev/null ||
     fail "--guard: expected haproxy on PATH, found none; install the package haproxy of your system, or leave --guard out"
   # the one pass checks for itself: one start of Python less
-  [ "$device:$path" = cpu:auto ] || module serving.check "${options[@]}" || exit 1
+  [ "$device:$path" = cpu:auto ] || [ ${#repositories[@]} -eq 0 ] || module serving.check "${options[@]}" || exit 1
   # every repository has its own tokenizer and model_ONNX
-  shared=() && [ ${#repositories[@]} -eq 1 ] || shared=(--model-namespacing=true)
+  shared=() && [ $((${#repositories[@]} + ${#others[@]})) -eq 1 ] || shared=(--model-namespacing=true)
+  [ ${#others[@]} -eq 0 ] || shared+=(--exit-on-error=false --strict-readiness=false)
   for port in "$http_port" "$grpc_port" "$metrics_port"; do
     if (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
       fail "port $port: expected it free, found a program listening; stop it or choose --http-port, --grpc-port, --metrics-port"
@@ -173,7 +182,7 @@ start() {
   check
   clean_up
   "prepare_$device"
-  printf '%s\n' "${questions[@]}" >"$state/questions"
+  printf '%s\n' "${questions[@]}" | sed '/^$/d' >"$state/questions"
   if [ "$supervise" = yes ]; then
     server=(env -C "$ROOT" "$python" -m serving.supervisor --state "$state" --url "127.0.0.1:$http_port" "--drain-s=$drain_s"
       "${questions[@]/#/--health=}" -- "${server[@]}")
@@ -187,6 +196,7 @@ start() {
   trap 'exit 143' TERM
   echo "$pid $(start_time "$pid")" >"$state/server.pid"
   wait_ready
+  [ ${#others[@]} -eq 0 ] || module serving.others --url "127.0.0.1:$http_port" "${others[@]}" || exit 1
   echo "ready: http 127.0.0.1:$http_port, grpc 127.0.0.1:$grpc_port ($device)"
 }
 
@@ -236,7 +246,7 @@ main() {
       [ -n "$running" ] || fail "port $http_port: no server of ours runs"
       ready || fail "port $http_port: pid $running runs and is not ready"
       mapfile -t questions <"$state/questions"
-      module serving.health --url "127.0.0.1:$http_port" "${questions[@]}" || fail "port $http_port: pid $running runs and does not answer"
+      [ ${#questions[@]} -eq 0 ] || module serving.health --url "127.0.0.1:$http_port" "${questions[@]}" || fail "port $http_port: pid $running runs and does not answer"
       echo "ready: pid $running, http 127.0.0.1:$http_port"
       ;;
   esac

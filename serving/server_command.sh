@@ -5,7 +5,7 @@
 prepare_cpu() {
   triton=$("$python" -c 'import importlib.util as u; print(u.find_spec("pytriton").submodule_search_locations[0])' 2>/dev/null)/tritonserver ||
     fail "expected the package nvidia-pytriton in $python, found none; run ./run.sh or pip install -r requirements.txt"
-  local version stub backend backends=$state/backends
+  local version stub backend name backends=$state/backends
   version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
   stub=$triton/python_backend_stubs/$version/triton_python_backend_stub
   [ -e "$stub" ] || fail "expected Python 3.10 to 3.12, found $version; make .venv with one of those"
@@ -17,10 +17,21 @@ prepare_cpu() {
     # they find what they import beside themselves, wherever the server was started
     cp "$ROOT/core/onnx_runtime.py" "$backends/$(basename "$backend")/"
   done
+  # stand-ins for backends of examples/, each with the packages that were installed for it alone
+  for backend in "$ROOT"/examples/*/backend/; do
+    [ -d "$backend" ] || continue
+    name=$(basename "$(dirname "$backend")")
+    cp -r "$backend" "$backends/$name"
+    ln -s "$ROOT/build/$name/packages" "$backends/$name/packages"
+  done
   local folders=$state/models served
-  if [ "$path" = auto ]; then
+  if [ "$path" = auto ] && [ ${#repositories[@]} -gt 0 ]; then
     served=$(module serving.one_pass "${repositories[@]/#/--repository=}" --output "$folders" "${one_pass[@]}") || exit 1
     mapfile -t repositories <<<"$served"
+  fi
+  if [ ${#others[@]} -gt 0 ]; then
+    served=$(module serving.others "${others[@]}" --output "$state/others") || exit 1
+    mapfile -t others <<<"$served"
   fi
   # behind the guard the server has ports of its own, which nobody is told
   local behind_http=$http_port behind_grpc=$grpc_port secret
@@ -33,7 +44,7 @@ print(*(one.getsockname()[1] for one in listening))')"
   export PATH LD_LIBRARY_PATH=$triton/../../nvidia_pytriton.libs${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
   server=(
     "$triton/bin/tritonserver"
-    "${repositories[@]/#/--model-repository=}" "${shared[@]}"
+    "${repositories[@]/#/--model-repository=}" "${others[@]/#/--model-repository=}" "${shared[@]}"
     "--backend-directory=$backends"
     "--backend-config=python,shm-region-prefix-name=$regions"
     "--exit-timeout-secs=$drain_s"
@@ -66,6 +77,10 @@ prepare_gpu() {
       mount=$(module serving.ask mount "$(dirname "${repositories[i]}")/assets" /assets) || exit 1
       mounts+=(--mount "$mount")
     fi
+  done
+  for i in "${!others[@]}"; do
+    mount=$(module serving.ask mount "${others[i]}" "/others-$((i + 1))") || exit 1
+    mounts+=(--mount "$mount") inside+=("--model-repository=/others-$((i + 1))")
   done
   server=(
     docker run --rm "--name=triton-$http_port" --gpus all --shm-size=1g --ulimit memlock=-1

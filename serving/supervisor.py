@@ -98,7 +98,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--state", type=Path, required=True)
     parser.add_argument("--url", required=True, help="HOST:PORT of the server's HTTP")
-    parser.add_argument("--health", type=Path, action="append", required=True, help="a repository's health.json")
+    parser.add_argument("--health", type=Path, action="append", default=[], help="a repository's health.json")
     parser.add_argument("--drain-s", type=float, default=30, help="for requests in flight (default: %(default)g)")
     parser.add_argument("command", nargs="+", help="of the server, behind --")
     sys.exit(supervise(parser.parse_args()))

@@ -80,13 +80,16 @@ def free_ports(count):
             return list(range(first, first + count))
 
 
-def start_server(*repositories, path="auto"):
+def start_server(*repositories, path="auto", others=(), timeout_s=300):
     """Start the CPU server on free ports. Returns (process of serve.sh, ports)."""
     http, grpc, metrics = free_ports(3)
     options = ["--http-port", http, "--grpc-port", grpc, "--metrics-port", metrics, "--path", path, "--drain-s", 5]
+    options += ["--timeout-s", timeout_s]
     for repository in repositories:
         options += ["--model-repository", repository]
-    return run("serve.sh", "start", "--device", "cpu", *options), (http, grpc)
+    for repository in others:
+        options += ["--any-repository", repository]
+    return run("serve.sh", "start", "--device", "cpu", *options, timeout_s=timeout_s + 300), (http, grpc)
 
 
 def post(service, path, body):

@@ -1,4 +1,5 @@
-"""tasks/README.md: every block marked console is executed in a copy of the project, and its answers compared.
+"""tasks/README.md and examples/*/README.md: every block marked console is executed in a copy of the project, and its
+answers compared.
 
 Blocks that train for minutes or install a package run with EXAMPLES=1 only: ./test.sh --examples.
 """
@@ -6,19 +7,21 @@ Blocks that train for minutes or install a package run with EXAMPLES=1 only: ./t
 import os
 import re
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, copy_project, free_ports
 
 PAGE = ROOT / "tasks/README.md"
-SLOW = ("pip install", "examples/train_")
+SLOW = ("pip install", "examples/")
 NUMBER = re.compile(r"-?\d+\.\d+(e-?\d+)?")
 
 
-def read_blocks():
+def read_blocks(page):
     """{heading: [(command, lines of its answer)]} of the blocks marked console."""
     blocks = {}
-    for section in PAGE.read_text(encoding="utf-8").split("\n## ")[1:]:
+    for section in page.read_text(encoding="utf-8").split("\n## ")[1:]:
         found = re.search(r"```console\n(.*?)```", section, re.S)
         for line in found[1].splitlines() if found else ():
             steps = blocks.setdefault(section.splitlines()[0], [])
@@ -29,7 +32,12 @@ def read_blocks():
     return blocks
 
 
-BLOCKS = read_blocks()
+BLOCKS = read_blocks(PAGE)
+EXAMPLES = {
+    p.parent.name: steps for p in sorted(ROOT.glob("examples/*/README.md")) for steps in read_blocks(p).values()
+}
+# a Python of another version is beside this one where pyenv or uv put it
+PYTHONS = [str(path) for path in sorted(Path(sys.base_prefix).parent.glob("*/bin"))]
 
 
 def with_ports(command, ports):
@@ -48,13 +56,14 @@ def alike(found, expected):
     return words[0] == words[1] and all(abs(a - b) <= 0.02 for a, b in zip(*numbers, strict=True))
 
 
-@pytest.mark.parametrize("heading", BLOCKS)
+@pytest.mark.parametrize("heading", [*BLOCKS, *EXAMPLES])
 def test_the_page_shows_what_is_answered(heading, tmp_path):
-    steps = BLOCKS[heading]
+    steps = (BLOCKS | EXAMPLES)[heading]
     if any(word in command for command, _ in steps for word in SLOW) and not os.environ.get("EXAMPLES"):
         pytest.skip("installs a package or trains for minutes; ./test.sh --examples")
     project, ports = copy_project(tmp_path), free_ports(3)
-    environment = dict(os.environ, PATH=f"{project / '.venv/bin'}:{os.environ['PATH']}", HF_HUB_OFFLINE="1")
+    path = ":".join([f"{project / '.venv/bin'}", *PYTHONS, os.environ["PATH"]])
+    environment = dict(os.environ, PATH=path, HF_HUB_OFFLINE="1")
     stop = with_ports("./serve.sh stop", ports)
     try:
         for command, expected in steps:
