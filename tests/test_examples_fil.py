@@ -106,7 +106,6 @@ def cut(folder):
     path.write_bytes(path.read_bytes()[:5000])
 
 
-PARAMETER = '  {{ key: "{}" value: {{ string_value: "{}" }} }}'
 BROKEN = {  # (name, what breaks a copy of the model) and the library -> what its one line says
     ("xgboost_cut", cut): "xgboost.json: expected trees of model_type xgboost_json",
     ("lightgbm_cut", cut): "model.txt: expected trees of model_type lightgbm",
