@@ -56,23 +56,28 @@ def alike(found, expected):
     return words[0] == words[1] and all(abs(a - b) <= 0.02 for a, b in zip(*numbers, strict=True))
 
 
+def follow(steps, project, ports):
+    """Execute steps in a copy of the project; each has to succeed, and to answer what the page says."""
+    path = ":".join([f"{project / '.venv/bin'}", *PYTHONS, os.environ["PATH"]])
+    environment = dict(os.environ, PATH=path, HF_HUB_OFFLINE="1")
+    for command, expected in steps:
+        done = subprocess.run(
+            with_ports(command, ports), shell=True, cwd=project, env=environment, capture_output=True, text=True, timeout=1800
+        )  # fmt: skip
+        assert done.returncode == 0, f"{command}: {done.stdout[-1000:]}{done.stderr[-2000:]}"
+        if expected:
+            assert alike(done.stdout.strip(), "\n".join(expected)), done.stdout
+
+
 @pytest.mark.parametrize("heading", [*BLOCKS, *EXAMPLES])
 def test_the_page_shows_what_is_answered(heading, tmp_path):
     steps = (BLOCKS | EXAMPLES)[heading]
     if any(word in command for command, _ in steps for word in SLOW) and not os.environ.get("EXAMPLES"):
         pytest.skip("installs a package or trains for minutes; ./test.sh --examples")
     project, ports = copy_project(tmp_path), free_ports(3)
-    path = ":".join([f"{project / '.venv/bin'}", *PYTHONS, os.environ["PATH"]])
-    environment = dict(os.environ, PATH=path, HF_HUB_OFFLINE="1")
     stop = with_ports("./serve.sh stop", ports)
     try:
-        for command, expected in steps:
-            done = subprocess.run(
-                with_ports(command, ports), shell=True, cwd=project, env=environment, capture_output=True, text=True, timeout=1800
-            )  # fmt: skip
-            assert done.returncode == 0, f"{command}: {done.stdout[-1000:]}{done.stderr[-2000:]}"
-            if expected:
-                assert alike(done.stdout.strip(), "\n".join(expected)), done.stdout
+        follow(steps, project, ports)
     finally:
         subprocess.run(stop, shell=True, cwd=project, capture_output=True)
 
