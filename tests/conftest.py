@@ -80,13 +80,13 @@ def free_ports(count):
     return ports
 
 
-def start_server(*repositories, path="auto"):
+def start_server(*repositories, path="auto", script="serve.sh"):
     """Start the CPU server on free ports. Returns (process of serve.sh, ports)."""
     http, grpc, metrics = free_ports(3)
     options = ["--http-port", http, "--grpc-port", grpc, "--metrics-port", metrics, "--path", path, "--drain-s", 5]
     for repository in repositories:
         options += ["--model-repository", repository]
-    return run("serve.sh", "start", "--device", "cpu", *options), (http, grpc)
+    return run(script, "start", "--device", "cpu", *options), (http, grpc)
 
 
 def post(service, path, body):
