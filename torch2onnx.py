@@ -20,7 +20,7 @@ from pathlib import Path
 
 from core.arguments import add_model_arguments, make_parser
 from core.files import ASSETS, REPOSITORY, RESULTS, ROOT, TEXTS
-from core.tables import EMBEDDERS, MAX_BATCH_SIZE, PACKED_FILE, REFERENCE
+from core.tables import MAX_BATCH_SIZE, NAMES, PACKED_FILE, REFERENCE
 from tasks.table import ALIASES, GENERATION, OWN, TASKS
 
 
@@ -70,14 +70,14 @@ def save_graph(args, module, tokenizer, card, path):
 
     An older graph must not be taken for one that failed the check; where the disk is full, it stays.
     """
-    from core.export import CHECK_BATCHES, check_onnx, export_onnx  # torch: -h answers first
+    from core.export import CHECK_BATCHES, check_export, export_onnx  # torch: -h answers first
     from core.files import replace_when_done
 
     texts = texts_to_check(args, card)
     with replace_when_done(path) as temporary:
         export_onnx(module, card, temporary)
         try:
-            error = check_onnx(module, tokenizer, card, texts, temporary, args.max_error)
+            error = check_export(module, tokenizer, card, texts, temporary, args.max_error)
         except SystemExit:
             path.unlink(missing_ok=True)
             raise
@@ -85,9 +85,23 @@ def save_graph(args, module, tokenizer, card, path):
     return error
 
 
+def save_torchscript(args, module, tokenizer, card, path):
+    """The checkpoint without ONNX beside the graph. Returns its digest."""
+    from core.export import check_export, export_torchscript  # torch: -h answers first
+    from core.files import replace_when_done, sha256
+
+    with replace_when_done(path) as temporary:
+        script = temporary.with_suffix(".pt")
+        export_torchscript(module, card, script)
+        error = check_export(module, tokenizer, card, texts_to_check(args, card), script, args.max_error)
+        script.replace(temporary)
+    print(f"TorchScript agrees with torch: max abs error {error:.2g}")
+    return sha256(path)
+
+
 def remove_typed_graphs(repository):
     """Graphs of an older export must not be served beside the new one."""
-    for key, model in EMBEDDERS.items():
+    for key, model in NAMES.items():
         if key != REFERENCE:
             shutil.rmtree(repository / model, ignore_errors=True)
 
@@ -112,7 +126,7 @@ def export(args):
     from core.export import OPSET
     from core.files import sha256, slug, write_json
     from core.record import environment_record
-    from core.repository import RECORD, check_name, graph_path, own_record
+    from core.repository import RECORD, check_name, graph_path, own_record, script_path
     from core.tokens import served_tokenizer
     from serving.repository import write_repository, write_tokenizer
 
@@ -136,13 +150,15 @@ def export(args):
     card["packed"] = save_packed(args, module, served, card, path)
     if not own:
         remove_typed_graphs(repository)
+    if args.torchscript:
+        card["torchscript_sha256"] = save_torchscript(args, module, served, card, script_path(repository))
     card["service"] = own_record(repository).get("service", {})  # write_repository takes its ensemble away
     write_json((args.assets if own else repository) / RECORD, card)
     if own:
         tokenizer.save_pretrained(args.assets / "tokenizer")  # whole, for transformers; the server reads one file of it
     write_tokenizer(repository, served)
     service = {"precision": REFERENCE, "max_batch_size": args.max_batch_size, "name": name}
-    write_repository(repository, **service, threshold=None, cpu_engine=None, cpu_precision=None)
+    write_repository(repository, **service, threshold=None, engine=None, cpu_engine=None, cpu_precision=None)
     if args.task == OWN:
         count_flops(module, card, args.results)
     print(path if own else repository)
@@ -214,6 +230,9 @@ def parse_args():
         help="of the task's own: texts are as long as they are, not --max-length",
     )
     parser.add_argument("--no-packed", action="store_true", help="leave out the graph without padding, for CPUs")
+    parser.add_argument(
+        "--torchscript", action="store_true", help="a TorchScript beside the graph too, for --engine pytorch"
+    )
     parser.add_argument("--hidden-state", action="store_true", help="of a sentence embedding: return the tokens' too")
     args = parser.parse_args()
     args.task = ALIASES.get(args.task, args.task)
@@ -225,6 +244,8 @@ def parse_args():
         parser.error(f"--labels: expected a task with classes with it, found --task {args.task}")
     if args.hidden_state and args.task != "sentence-embedding":
         parser.error(f"--hidden-state: expected --task sentence-embedding with it, found {args.task}")
+    if args.torchscript and (args.task == OWN or args.task in GENERATION):
+        parser.error(f"--torchscript: expected a service of an encoder task with it, found --task {args.task}")
     if args.task == OWN:
         args.repository = args.repository or REPOSITORY
         if args.repository.resolve() == REPOSITORY:

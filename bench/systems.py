@@ -50,7 +50,16 @@ def mlserver_body(text):
     return {"inputs": [{"name": "inputs", "shape": [1, 1], "datatype": "BYTES", "data": [text]}]}
 
 
+def any_body(given):
+    """given: {input: text}."""
+    inputs = [{"name": name, "shape": [1, 1], "datatype": "BYTES", "data": [text]} for name, text in given.items()]
+    return {"inputs": inputs}
+
+
+ANSWERED = ("answered", 0.0)  # of a service whose answers are not read
+
 ASKS = {
+    "any": Ask("/v2/models/{service}/infer", any_body, lambda answer: ANSWERED),
     "triton": Ask("/v2/models/{service}/infer", triton_body, read_triton),
     "mlserver": Ask("/v2/models/classifier/infer", mlserver_body, read_mlserver),
     "infinity": Ask(

@@ -83,19 +83,46 @@ def name_nodes(model):
     del model.graph.metadata_props[:]
 
 
-def check_onnx(module, tokenizer, card, examples, path, max_error):
-    """ONNX Runtime against torch on short, long and padded texts. Returns the worst error; exits above max_error.
+def export_torchscript(module, card, path):
+    """Module -> TorchScript, traced: the checkpoint as Triton's PyTorch backend takes it."""
+    length = card["max_length"] if card["fixed_length"] else min(TRACED_LENGTH, card["max_length"])
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore")  # torch.jit is no longer developed; a trace warns of each constant
+        logging.getLogger("transformers").setLevel(logging.ERROR)  # of a loss: the trace looks at every attribute
+        script = torch.jit.trace(module, sample_input(card["inputs"], 2, length), strict=False, check_trace=False)
+        torch.jit.save(torch.jit.freeze(script), str(path))
+
+
+def open_graph(path, outputs):
+    """A function from feeds to the outputs of an ONNX graph, or of a TorchScript where the file is none."""
+    if path.suffix != ".pt":
+        session = open_session(path)
+        return lambda feeds: session.run(outputs, feeds)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        script = torch.jit.load(path)
+
+    def run(feeds):
+        with torch.inference_mode():
+            found = script(*map(torch.from_numpy, feeds.values()))
+        return [o.numpy() for o in ([found] if isinstance(found, torch.Tensor) else found)]
+
+    return run
+
+
+def check_export(module, tokenizer, card, examples, path, max_error):
+    """A graph or a TorchScript against torch on short, long and padded texts. Returns the worst error; exits above max_error.
 
     examples: as encode takes them, the longest last.
     """
-    session, worst = open_session(path), 0.0
+    run, worst = open_graph(path, list(card["outputs"])), 0.0
     for batch in CHECK_BATCHES:
         step = max(1, len(examples) // batch)
         feeds = encode(tokenizer, examples[-1:] if batch == 1 else examples[::step][:batch], card["inputs"])
         with torch.inference_mode():
             expected = module(*(torch.from_numpy(values) for values in feeds.values()))
         expected = [expected] if isinstance(expected, torch.Tensor) else expected
-        for output, found in zip(expected, session.run(list(card["outputs"]), feeds), strict=True):
+        for output, found in zip(expected, run(feeds), strict=True):
             same = found.shape == output.shape
             difference = np.abs(found - output.numpy()) if same else np.full(1, np.inf)
             # nobody reads what stands behind padding

@@ -34,7 +34,16 @@ def environment_record():
 
 
 INSTRUCTION_SETS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8")
-PACKAGES = ("torch", "transformers", "onnx", "onnxruntime-gpu", "nvidia-modelopt", "nvidia-pytriton", "tritonclient")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "onnx",
+    "onnxruntime-gpu",
+    "nvidia-modelopt",
+    "nvidia-pytriton",
+    "tritonclient",
+    "openvino",
+)
 
 
 def gpu_record():

@@ -10,12 +10,12 @@ import re
 import onnx
 
 from core.files import read_json, sha256
-from core.tables import EMBEDDERS, ENGINES, MODELS, REFERENCE
+from core.tables import EMBEDDERS, ENGINES, MODELS, NAMES, REFERENCE, TORCH, model_key
 
 RECORD, HEALTH = "model.json", "health.json"  # the record; the question of its health check
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"  # of a service: it is a folder's name too
 GENERATING = ("encoder", "decoder", "encoder_FP16", "decoder_FP16")  # graphs of a service that generates
-PARTS = ("tokenizer", "postprocess", *EMBEDDERS.values(), *GENERATING)  # names that no service may have
+PARTS = ("tokenizer", "postprocess", *NAMES.values(), *GENERATING)  # names that no service may have
 EXPORT = "run torch2onnx.py"
 
 
@@ -49,8 +49,25 @@ def present(repository):
     return [key for key in MODELS if graph_path(repository, key).is_file()]
 
 
-def engine_of(repository, key):
-    """Key of ENGINES that a repository's server asks for: TensorRT where there is a plan, and for the task's own."""
+def script_path(repository):
+    """The TorchScript of a service, where torch2onnx.py --torchscript wrote one."""
+    return repository / NAMES[TORCH] / "1" / ENGINES["pytorch"].file
+
+
+def answering_key(service):
+    """Key of the model through which a service answers. BF16 is made of the reference by the engine."""
+    if service.get("engine") == "pytorch":
+        return TORCH
+    return REFERENCE if service["precision"] == "BF16" else model_key(service["precision"])
+
+
+def engine_of(repository, card, key):
+    """Key of ENGINES that a repository's server asks for a graph.
+
+    OpenVINO where the service's record says so; TensorRT where there is a plan, and for the task's own.
+    """
+    if (card.get("service") or {}).get("engine") == "openvino":
+        return "openvino"
     engine = MODELS[key].engine
     wanted = graph_path(repository, key).with_name(ENGINES[engine].file)
     return engine if wanted.is_file() or is_own(repository) else MODELS[REFERENCE].engine

@@ -75,7 +75,7 @@ class Engine:
     """What executes a model, as its config names it and as the server's answer shows it."""
 
     title: str
-    platform: str  # of config.pbtxt
+    platform: str  # of config.pbtxt; "" where its key stands there as the backend
     file: str  # that it needs in the version folder
     stand_in: str  # what executes it where the server reports "runtime": "model.py", a Python-based backend of ours
 
@@ -83,13 +83,19 @@ class Engine:
 ENGINES = {
     "onnxruntime": Engine("ONNX Runtime", "onnxruntime_onnx", "model.onnx", "ONNX Runtime, CPU"),
     "tensorrt": Engine("TensorRT", "tensorrt_plan", "model.plan", "ONNX Runtime, CPU"),
+    "openvino": Engine("OpenVINO", "", "model.onnx", "OpenVINO, CPU"),
+    "pytorch": Engine("PyTorch", "pytorch_libtorch", "model.pt", "PyTorch, CPU"),
 }
+# of OpenVINO's config: this project's, which forces FP32 where the server is ours, and the compiled backend's
+PRECISION_HINT, HINT_BF16 = "INFERENCE_PRECISION_HINT", "HINT_BF16"
 
 Model = namedtuple("Model", "name engine precision")
 # key in results and suffix of the ensemble's outputs -> the served model
 MODELS = {REFERENCE: Model("model_ONNX", "onnxruntime", "FP32")}
 MODELS |= {f"TRT_{p}": Model(f"model_TRT_{p}", "tensorrt", p) for p in SERVED}
 EMBEDDERS = {key: model.name for key, model in MODELS.items()}
+TORCH = "TORCH"  # key of the checkpoint as a TorchScript, beside the graphs of a service
+NAMES = EMBEDDERS | {TORCH: "model_TORCH"}
 
 
 def model_key(precision):

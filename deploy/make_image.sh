@@ -123,10 +123,10 @@ write_context() {
   run mkdir -p "$context"
   run touch "$context/made"
   find_repository
-  local engine=onnxruntime
-  [ -z "$gpu" ] || [ ! -f "$repository/model_TRT_$precision/1/model.plan" ] || engine=tensorrt
+  local engine=() # as the repository's record says
+  [ -z "$gpu" ] || [ ! -f "$repository/model_TRT_$precision/1/model.plan" ] || engine=(--engine tensorrt)
   run "${module[@]}" serving.repository --repository "$repository" --precision "$precision" \
-    --name "$name" --engine "$engine" "${batch[@]}" --output "$context/model_repository"
+    --name "$name" "${engine[@]}" "${batch[@]}" --output "$context/model_repository"
   # the server is another user than the one who builds
   run chmod -R a+rX,go-w "$context/model_repository"
   run cp "$ROOT/deploy/Dockerfile" "$ROOT/deploy/.dockerignore" "$ROOT/serving/health.py" "$context"

@@ -9,7 +9,7 @@ from reporting.verdicts import deployable
 
 HUBS = {"hub": "the Hugging Face hub", "clearml": "ClearML", "wandb": "Weights & Biases", "mlflow": "MLflow"}
 KINDS = ("quality", "perf", "plans", "compile", "complexity", "sensitivity", "sts", "verdicts")
-KINDS += ("peers", "choice", "length", "limits", "generation", "soak", "recovery", "failover")
+KINDS += ("peers", "choice", "length", "limits", "generation", "soak", "recovery", "failover", "engines")
 
 
 def rank(model):

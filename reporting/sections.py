@@ -1,6 +1,18 @@
 """The marked blocks of report.md and README.md, and the tables of one model: which section stands where."""
 
-from reporting import complexity, findings, length, peers, quality, services, speed, survived, targets, verdicts
+from reporting import (
+    complexity,
+    engines,
+    findings,
+    length,
+    peers,
+    quality,
+    services,
+    speed,
+    survived,
+    targets,
+    verdicts,
+)
 from reporting.markdown import DETAILS, NOT_MEASURED, listing, relative
 
 
@@ -62,6 +74,7 @@ def details(model):
         ("peers", "Peers", peers.details),
         ("limits", "Limits", targets.limits),
         ("choice", "Engine and precision on this CPU", services.details),
+        ("engines", "Engines through the server", engines.details),
         ("generation", "Generated tokens", services.generation),
         ("length", "Cost over length", length.details),
         ("soak", "What it survived", survived.details),

@@ -15,11 +15,14 @@ import numpy as np
 import onnx
 
 from core.arguments import make_parser
+from core.engines import why_missing
+from core.files import sha256
 from core.metrics import deviations
 from core.onnx_runtime import open_session
 from core.record import gpu_record
 from core.repository import (
     EXPORT,
+    answering_key,
     check_made_from,
     engine_of,
     graph_path,
@@ -29,12 +32,13 @@ from core.repository import (
     present,
     read_card,
     read_graph,
+    script_path,
     site_packages,
     tokenizer_path,
 )
-from core.tables import ATTENTION_MASK, EMBEDDERS, GRAPH, MAX_BATCH_SIZE, MODELS, PINNED_TENSORRT, REFERENCE, model_key
+from core.tables import ATTENTION_MASK, EMBEDDERS, GRAPH, MAX_BATCH_SIZE, MODELS, NAMES, PINNED_TENSORRT, REFERENCE
 from core.tokens import encode, load_tokenizer
-from serving import configs, generation
+from serving import configs, generation, graph_configs
 from serving.plans import check_plan, check_served_plans
 from serving.server import SERVER_ERRORS, infer, one_pass, text_tensor
 from tasks.examples import examples
@@ -54,7 +58,7 @@ def expected_configs(repository, card, warmup_length):
     """The configs that a repository with this record has to have."""
     task, service = TASKS[card["task"]], card["service"]
     batch, keys = service.get("max_batch_size", MAX_BATCH_SIZE), served_keys(repository)
-    answering = keys if card["task"] == OWN else [model_key(service["precision"])]
+    answering = keys if card["task"] == OWN else [answering_key(service)]
     found = [configs.tokenizer_config(card, batch)]
     if task.windows:
         found += [configs.service_config(service["name"], card, batch)]
@@ -62,7 +66,10 @@ def expected_configs(repository, card, warmup_length):
     else:
         found += [configs.ensemble_config(service["name"], answering, card, batch)]
         found += [configs.postprocess_config(card, batch)] if task.answers else []
-    return found + [configs.model_config(key, card, batch, engine_of(repository, key), warmup_length) for key in keys]
+    found += [graph_configs.script_config(card, batch, warmup_length)] if script_path(repository).is_file() else []
+    return found + [
+        graph_configs.model_config(key, card, batch, engine_of(repository, card, key), warmup_length) for key in keys
+    ]
 
 
 # --- the parts -----------------------------------------------------------------------
@@ -83,8 +90,9 @@ def check_configs(repository, card):
                 f"{path}: expected what the record and {graph_path(repository, REFERENCE)} need, "
                 f"{configs.describe(configs.config_tensors(expected[name]))}; found {configs.describe(configs.config_tensors(found))}; {remedy}"
             )
-        if found.platform != expected[name].platform:
-            raise SystemExit(f"{path}: expected platform {expected[name].platform}, found {found.platform}; {remedy}")
+        served = [config.platform or config.backend for config in (expected[name], found)]
+        if len(set(served)) > 1:
+            raise SystemExit(f"{path}: expected platform {served[0]}, found {served[1]}; {remedy}")
 
 
 def check_graph(repository, key, card):
@@ -92,8 +100,9 @@ def check_graph(repository, key, card):
     path = graph_path(repository, key)
     config = path.parents[1] / "config.pbtxt"
     graph = read_graph(path)
+    batch = () if configs.read_config(config).max_batch_size else (-1,)  # without one it is a dimension like others
     found = {
-        name: (configs.data_type(ONNX_TYPES.get(kind, "INVALID")), dims)
+        name: (configs.data_type(ONNX_TYPES.get(kind, "INVALID")), (*batch, *dims))
         for name, (kind, dims) in graph_tensors(graph).items()
     }
     if found != configs.config_tensors(configs.read_config(config)):
@@ -109,6 +118,19 @@ def check_graph(repository, key, card):
         raise SystemExit(f"{path}: expected a graph in {precision}, found one in {found}; run quantize.py")
     check_made_from(graph, path, card["reference_sha256"])
     return properties
+
+
+def check_script(repository, card):
+    """Exit unless the TorchScript is that of the export; where the service answers through it, it has to be there."""
+    path, remedy = script_path(repository), f"{EXPORT} --torchscript"
+    if not path.is_file():
+        if card["service"].get("engine") == "pytorch":
+            raise SystemExit(f"{path}: expected the TorchScript of --engine pytorch, found none; {remedy}")
+        return
+    if (found := sha256(path)) != card.get("torchscript_sha256"):
+        raise SystemExit(
+            f"{path}: expected the TorchScript of the export, found another or a broken file ({found[:12]}); {remedy}"
+        )
 
 
 def check_one_search(repository, properties):
@@ -149,13 +171,14 @@ def check_repository(repository, plans=False):
     if REFERENCE in keys:
         read_graph(graph_path(repository, REFERENCE))
     properties = {key: check_graph(repository, key, card) for key in keys}
+    check_script(repository, card)
     check_configs(repository, card)
     check_one_search(repository, properties)
     check_tokenizer(repository, card)
     for key in keys if plans else ():
-        if engine_of(repository, key) == "tensorrt":
+        if engine_of(repository, card, key) == "tensorrt":
             check_plan(repository, key, card["reference_sha256"], gpu_record(), PINNED_TENSORRT)
-    answering = f"{len(keys)} models" if card["task"] == OWN else EMBEDDERS[model_key(service["precision"])]
+    answering = f"{len(keys)} models" if card["task"] == OWN else NAMES[answering_key(service)]
     length = f"length {card['max_length']}" if card["fixed_length"] else f"length up to {card['max_length']}"
     return f"{service['name']} answers through {answering}, {length}, up to {service['max_batch_size']} texts a request"
 
@@ -226,9 +249,18 @@ def check_generating(repositories):
         )
 
 
+def check_engine(repository, plans):
+    """Exit where this machine has not what executes a service's graphs; the container has its own."""
+    engine = (read_card(repository).get("service") or {}).get("engine")
+    if not plans and (reason := why_missing(engine)):
+        raise SystemExit(f"{repository}: --engine {engine}: {reason}")
+
+
 def main():
     args = parse_args()
     print(*check_all(args.repository, args.plans), sep="\n")
+    for repository in args.repository:
+        check_engine(repository, args.plans)
     check_generating(args.repository)
 
 

@@ -4,13 +4,15 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from core.repository import EXPORT
-from core.tables import BYTES_PER_TOKEN, EMBEDDERS, ENGINES, LARGEST_TEXTS, MODELS, SPANS
+from core.tables import BYTES_PER_TOKEN, LARGEST_TEXTS, SPANS
+from serving.graph_configs import add_batcher, add_graph, length_of
 from tasks.table import OWN, TASKS
 
 FIELD_ORDER = (
     "name",
     "platform",
     "backend",
+    "default_model_filename",
     "max_batch_size",
     "input",
     "output",
@@ -36,6 +38,11 @@ COMMENTS = {
     "# the FP32 plan",
     "model_warmup": "a real text at the smallest and the largest batch, so that no request pays for the first run",
 }
+OF_OPENVINO = {
+    "input": "the batch is a dimension like the others: with a max_batch_size this backend executes batches of just that size",
+    "parameters": "of this project's server, which then computes in FP32. Triton's own backend reads HINT_BF16 alone: without\n"
+    "# it OpenVINO computes in BF16 all the same wherever the CPU has it",
+}
 HANDED_ON = "MODEL_"  # before an intermediate tensor of an ensemble whose name is that of an output
 
 
@@ -44,20 +51,10 @@ def data_type(name):
     return pb.DataType.Value(f"TYPE_{name}")
 
 
-def length_of(card):
-    """The sequence dimension: a number where it was fixed, else -1."""
-    return card["max_length"] if card["fixed_length"] else -1
-
-
 def add_texts(config, card):
     """What a request has: one string a row of each."""
     for name in TASKS[card["task"]].takes:
         config.input.add(name=name, data_type=pb.TYPE_STRING, dims=[1])
-
-
-def add_batcher(config):
-    """Requests that wait join one batch."""
-    config.dynamic_batching.SetInParent()
 
 
 def add_limits(config, max_length):
@@ -84,32 +81,6 @@ def tokenizer_config(card, max_batch_size):
     add_limits(config, card["max_length"])
     config.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_CPU)
     return config
-
-
-def model_config(key, card, max_batch_size, engine, warmup_length):
-    """Token tensors -> the graph's outputs; engine is a key of ENGINES."""
-    config = pb.ModelConfig(name=EMBEDDERS[key], platform=ENGINES[engine].platform, max_batch_size=max_batch_size)
-    for name in card["inputs"]:
-        config.input.add(name=name, data_type=pb.TYPE_INT64, dims=[length_of(card)])
-    for name, dims in card["outputs"].items():
-        config.output.add(name=name, data_type=pb.TYPE_FP32, dims=dims)
-    add_batcher(config)
-    config.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_AUTO)
-    if engine == "onnxruntime" and MODELS[key].precision == "FP32":
-        compute_in_fp32(config)
-    for batch in sorted({1, max_batch_size}):
-        warmup = config.model_warmup.add(name=f"batch {batch}", batch_size=batch)
-        for name in card["inputs"]:
-            tensor = warmup.inputs[name]
-            tensor.data_type, tensor.input_data_file = pb.TYPE_INT64, name
-            tensor.dims.append(warmup_length)
-    return config
-
-
-def compute_in_fp32(config):
-    """Forbid TF32, which the CUDA provider takes by default."""
-    cuda = config.optimization.execution_accelerators.gpu_execution_accelerator.add(name="cuda")
-    cuda.parameters["use_tf32"] = "0"
 
 
 def postprocess_config(card, max_batch_size):
@@ -167,7 +138,7 @@ def graph_config(name, key, card, max_batch_size):
     for tensor, dims in card["outputs"].items():
         config.output.add(name=tensor, data_type=pb.TYPE_FP32, dims=dims)
     given, made = ({name: name for name in card[part]} for part in ("inputs", "outputs"))
-    config.ensemble_scheduling.step.add(model_name=EMBEDDERS[key], model_version=-1, input_map=given, output_map=made)
+    add_graph(config, key, card, given, made)
     return config
 
 
@@ -182,13 +153,13 @@ def ensemble_config(name, keys, card, max_batch_size):
     if card["task"] == OWN:
         for key in keys:
             outputs = {output: f"{output}_{key}" for output in card["outputs"]}
-            steps.add(model_name=EMBEDDERS[key], model_version=-1, input_map=tokens, output_map=outputs)
+            add_graph(config, key, card, tokens, outputs)
             for output, dims in card["outputs"].items():
                 config.output.add(name=outputs[output], data_type=pb.TYPE_FP32, dims=dims)
         return config
     (key,) = keys
     inner = {output: f"{HANDED_ON}{output}" if task.answers else output for output in card["outputs"]}
-    steps.add(model_name=EMBEDDERS[key], model_version=-1, input_map=tokens, output_map=inner)
+    add_graph(config, key, card, tokens, inner)
     add_results(config, card)
     if task.answers:
         outputs = {output.name: output.name for output in config.output}
@@ -202,7 +173,7 @@ def config_text(config):
     unknown = [field.name for field, _ in config.ListFields() if field.name not in FIELD_ORDER]
     if unknown:
         raise ValueError(f"{config.name}: expected fields of FIELD_ORDER, found {unknown}")
-    lines = []
+    lines, comments = [], COMMENTS | (OF_OPENVINO if config.backend == "openvino" else {})
     for field in FIELD_ORDER:
         part = pb.ModelConfig()
         part.MergeFrom(config)
@@ -210,7 +181,7 @@ def config_text(config):
             if descriptor.name != field:
                 part.ClearField(descriptor.name)
         if part.ListFields():
-            lines += [f"# {COMMENTS[field]}"] if field in COMMENTS else []
+            lines += [f"# {comments[field]}"] if field in comments else []
             lines.append(text_format.MessageToString(part).rstrip("\n"))
     return "\n".join(lines) + "\n"
 

@@ -21,7 +21,7 @@ from core.repository import (
 )
 from core.tables import ATTENTION_MASK, CROSS, INPUT_IDS, LOGITS, PAST, PRESENT, REFERENCE
 from core.tokens import load_tokenizer
-from serving import configs
+from serving import configs, graph_configs
 from tasks.table import GENERATION, GENERATION_PRECISIONS
 
 SETTINGS = ("chat_template", "special_tokens", "max_length", "max_new_tokens")  # of the record, that a service reads
@@ -86,7 +86,7 @@ def graph_config(graph, card, precision, max_batch_size):
     config.output.add(name=name, data_type=pb.TYPE_FP32, dims=[layers, heads, -1, size])
     config.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_AUTO)
     if precision == REFERENCE:
-        configs.compute_in_fp32(config)
+        graph_configs.compute_in_fp32(config)
     return config
 
 
@@ -99,7 +99,7 @@ def service_config(card, max_batch_size):
     for name, kind in RESULTS.items():
         config.output.add(name=name, data_type=configs.data_type(kind), dims=[1])
     config.model_transaction_policy.decoupled = True
-    configs.add_batcher(config)
+    graph_configs.add_batcher(config)
     configs.add_limits(config, card["max_length"])
     config.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_CPU)
     return config

@@ -7,7 +7,7 @@ Run:    python -m serving.one_pass --repository build/reviews --output build/ser
 Prints: for each repository the folder to serve; on standard error "reviews: one pass, ONNX Runtime, FP32, packed, 2 cores"
 
 Names, tensors and errors are those of the ensemble; serve.sh --path ensemble serves that instead. So is the task's own
-repository always, whose five models answer together, and a service with a second output.
+repository always, whose five models answer together, a service with a second output, and one that PyTorch executes.
 """
 
 import functools
@@ -77,7 +77,9 @@ def choose_graph(repository, card, precision=None, engine=None, pack=True):
         )
         chosen = None, None
     precision = precision or chosen[1] or service["precision"]
-    settings = graph_settings(repository, card, precision, engine or chosen[0] or "onnxruntime", pack)
+    settings = graph_settings(
+        repository, card, precision, engine or chosen[0] or service.get("engine") or "onnxruntime", pack
+    )
     settings["tokenizer"] = str(tokenizer_path(repository).parent.resolve())
     form = "padded" if settings["position_offset"] is None else "packed"
     return settings, f"{TITLES[settings['engine']]}, {settings['precision']}, {form}"
@@ -89,6 +91,8 @@ def write_one_pass(repository, output, precision, engine):
     if card["task"] == OWN or HIDDEN_STATE in card["outputs"]:
         return None
     service = card["service"]
+    if service.get("engine") == "pytorch" and not engine:
+        return None
     if card["task"] in GENERATION:
         if engine not in (None, "onnxruntime"):
             raise SystemExit(f"--engine: expected onnxruntime for --task {card['task']}, found {engine}; leave it out")

@@ -1,5 +1,6 @@
 """TensorRT plans on disk: where they lie, which shapes they take, whether they fit graph, GPU and server."""
 
+import shutil
 import sys
 
 from core.files import read_json, sha256
@@ -59,6 +60,20 @@ def check_plan(repository, key, reference_sha256, gpu=None, tensorrt=None):
     if manifest.get("plain_int8"):
         print(f"{plan}: built with --plain-int8, for comparison: INT8 in name only", file=sys.stderr)
     return manifest
+
+
+def copy_plan(repository, key, target, card):
+    """The plan with its manifest and the graph beside it; exits where one is missing or does not fit."""
+    folder = graph_path(repository, key).parent
+    for name in ("model.plan", "manifest.json"):
+        if not (folder / name).is_file():
+            raise SystemExit(
+                f"{folder / name}: expected a TensorRT plan and its manifest, found none; "
+                "run build_trt.sh, or leave --engine tensorrt out"
+            )
+    check_plan(repository, key, card["reference_sha256"])
+    for name in ("model.onnx", "model.plan", "manifest.json"):
+        shutil.copyfile(folder / name, target / name)
 
 
 def check_served_plans(repository, reference_sha256, server):

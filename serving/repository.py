@@ -2,7 +2,7 @@
 """Write a model repository's configs: tokenizer, graphs, the answers' step, and their ensemble.
 
 Reads:  --repository, where torch2onnx.py (and quantize.py) left record and graphs.
-Writes: the configs of every graph there is, and of the ensemble through --precision. With
+Writes: the configs of every graph there is, executed by --engine, and of the ensemble through --precision. With
         --output: a repository of its own with that one graph, for an image or a package.
 Run:    python -m serving.repository --repository build/reviews --precision FP16
 Prints: "build/reviews: reviews answers through model_TRT_FP16, up to 8 texts a request"
@@ -25,38 +25,43 @@ from core.repository import (
     EXPORT,
     HEALTH,
     RECORD,
+    answering_key,
     assets_of,
     check_name,
     graph_path,
     own_record,
     present,
     read_card,
+    script_path,
     site_packages,
     tokenizer_path,
 )
 from core.tables import (
+    CPU_PRECISIONS,
     EMBEDDERS,
     ENGINES,
     GRAPH,
     INPUT_IDS,
     MAX_BATCH_SIZE,
     MODELS,
+    NAMES,
     PACKED_FILE,
     REFERENCE,
-    SERVED,
+    TORCH,
     model_key,
 )
 from core.tokens import encode, load_tokenizer
 from serving import generation
 from serving.check import check_repository, expected_configs
 from serving.configs import config_text
-from serving.plans import check_plan
+from serving.plans import copy_plan
 from tasks.examples import answers_of, examples
 from tasks.table import OWN, TASKS
 
 WARMUP_TEXT = "A real text, for the first run of each model."
 TOKENIZER_CODE = ROOT / "model_repository" / "tokenizer" / "1"
 MODELS_CODE = ROOT / "serving" / "models"
+ON_CPU = ("openvino", "pytorch")  # engines that a service's record names; the others follow from its files
 
 
 # --- writing -------------------------------------------------------------------------
@@ -97,11 +102,25 @@ def choose(repository, precision):
     return key
 
 
+def check_choice(repository, service):
+    """Exit unless what a service answers through is there."""
+    engine, precision = service.get("engine"), service["precision"]
+    if engine == "pytorch":
+        if precision not in (REFERENCE, "FP32"):
+            raise SystemExit(f"--engine pytorch: expected --precision {REFERENCE}, found {precision}; leave it out")
+        if not script_path(repository).is_file():
+            raise SystemExit(f"{script_path(repository)}: expected a TorchScript, found none; {EXPORT} --torchscript")
+    elif precision == "BF16" and engine != "openvino":
+        raise SystemExit("--precision BF16: expected --engine openvino with it, found none; name it")
+    else:
+        choose(repository, REFERENCE if precision == "BF16" else precision)
+
+
 def write_repository(repository, **service):
     """All of a repository but graphs, tokenizer.json and the record's other parts: configs, code, settings, warm-up.
 
-    service: "name", "precision", "max_batch_size", "threshold" where they are other than in the record; None takes
-    one out of it.
+    service: "name", "precision", "engine", "max_batch_size", "threshold" where they are other than in the record; None
+    takes one out of it.
     """
     card = read_card(repository)
     if generation.is_generation(card):
@@ -111,14 +130,14 @@ def write_repository(repository, **service):
     card["service"] = {key: value for key, value in service.items() if value is not None}
     name = check_name(card["service"]["name"], repository)
     if card["task"] != OWN:
-        choose(repository, card["service"]["precision"])
+        check_choice(repository, card["service"])
     tokenizer = load_tokenizer(tokenizer_path(repository))
     feeds = encode(tokenizer, examples(card, [WARMUP_TEXT]), card["inputs"])
     for config in expected_configs(repository, card, feeds[INPUT_IDS].shape[1]):
         folder = repository / config.name
         (folder / "1").mkdir(parents=True, exist_ok=True)
         write_file(folder / "config.pbtxt", config_text(config))
-        if config.name in EMBEDDERS.values():
+        if config.name in NAMES.values():
             for tensor, values in feeds.items():  # as Triton reads it
                 write_file(folder / "warmup" / tensor, np.ascontiguousarray(values[0], dtype="<i8").tobytes())
     for code in ("model.py", "texts.py"):
@@ -185,19 +204,25 @@ def check_target(source, target):
 def extract(source, target, precision, engine="onnxruntime", **service):
     """Write a repository with one graph of `source` into `target`, which must be new or one of ours.
 
-    engine: onnxruntime, what any machine can serve, or tensorrt, for the GPU that the plan was built on.
+    engine: onnxruntime, what any machine serves; tensorrt, for the GPU that the plan was built on; openvino or pytorch.
     service: as write_repository takes it.
     """
     check_target(source, target)
     card = read_card(source)
     if generation.is_generation(card):
         return generation.extract(source, target, precision, **service)
-    key = choose(source, precision)
+    asked = {"engine": engine if engine in ON_CPU else None, "precision": precision}
+    check_choice(source, asked)
+    key = answering_key(asked)
     with replace_folder_when_done(target) as temporary:
-        version = graph_path(temporary, key).parent
+        version = temporary / NAMES[key] / "1"
         version.mkdir(parents=True)
         if engine == "tensorrt":
             copy_plan(source, key, version, card)
+        elif key == TORCH:
+            shutil.copyfile(script_path(source), version / script_path(source).name)
+        elif engine == "openvino":
+            shutil.copyfile(graph_path(source, key), version / "model.onnx")
         else:
             copy_graph(graph_path(source, key), version / "model.onnx")
         if card.get("packed") and key == REFERENCE:
@@ -205,10 +230,10 @@ def extract(source, target, precision, engine="onnxruntime", **service):
         else:
             card["packed"] = None
         # what was chosen for a CPU may be a graph that is left behind
-        own = {"precision": precision, "cpu_engine": None, "cpu_precision": None}
+        own = asked | {"cpu_engine": None, "cpu_precision": None}
         write_json(temporary / RECORD, card | {"service": (card.get("service") or {}) | own})
         write_tokenizer(temporary, load_tokenizer(tokenizer_path(source)), site_packages(source) / "tokenizers")
-        write_repository(temporary, precision=precision, **service)
+        write_repository(temporary, **asked, **service)
     return key
 
 
@@ -227,36 +252,26 @@ def copy_graph(source, target):
         onnx.save(graph, target)
 
 
-def copy_plan(repository, key, target, card):
-    """The plan with its manifest and the graph beside it; exits where one is missing or does not fit."""
-    folder = graph_path(repository, key).parent
-    for name in ("model.plan", "manifest.json"):
-        if not (folder / name).is_file():
-            raise SystemExit(
-                f"{folder / name}: expected a TensorRT plan and its manifest, found none; "
-                "run build_trt.sh, or leave --engine tensorrt out"
-            )
-    check_plan(repository, key, card["reference_sha256"])
-    for name in ("model.onnx", "model.plan", "manifest.json"):
-        shutil.copyfile(folder / name, target / name)
-
-
 # --- the command ---------------------------------------------------------------------
 
 
 def parse_args():
     parser = make_parser(__doc__)
     parser.add_argument("--repository", type=Path, required=True)
-    parser.add_argument("--precision", choices=(REFERENCE, *SERVED), help="default: as before")
+    parser.add_argument("--precision", choices=(REFERENCE, *CPU_PRECISIONS), help="default: as before")
     parser.add_argument("--name", help="of the ensemble (default: as before)")
     parser.add_argument("--max-batch-size", type=int, help="texts in one request (default: as before)")
     parser.add_argument(
         "--output", type=Path, help="write a repository with that one graph here, and leave the other alone"
     )
     parser.add_argument(
-        "--engine", choices=tuple(ENGINES), default="onnxruntime", help="with --output: the graph, or its TensorRT plan"
+        "--engine",
+        choices=tuple(ENGINES),
+        help="what executes the graphs (default: as before); tensorrt with --output: the plan of that graph",
     )
     args = parser.parse_args()
+    if args.engine == "tensorrt" and not args.output:
+        parser.error("--engine tensorrt: expected --output with it; without, a plan is served where there is one")
     if args.max_batch_size is not None and args.max_batch_size < 1:
         parser.error("--max-batch-size: expected at least 1")
     return args
@@ -265,15 +280,19 @@ def parse_args():
 def main():
     args = parse_args()
     given = {"precision": args.precision, "max_batch_size": args.max_batch_size}
-    given |= {"name": check_name(args.name, "--name") if args.name else None}
+    given |= {"name": args.name and check_name(args.name, "--name")}
     given = {key: value for key, value in given.items() if value is not None}
-    before = read_card(args.repository).get("service") or {}
+    card = read_card(args.repository)
+    before = card.get("service") or {}
+    if args.engine in ON_CPU and (card["task"] == OWN or generation.is_generation(card)):
+        raise SystemExit(f"--engine {args.engine}: expected a service of an encoder task, found {card['task']}")
     where = args.output or args.repository
     if args.output:
         precision = given.pop("precision", before.get("precision", REFERENCE))
-        extract(args.repository, args.output, precision, args.engine, **given)
+        extract(args.repository, args.output, precision, args.engine or before.get("engine") or "onnxruntime", **given)
     else:
-        write_repository(args.repository, **given)
+        engine = {"engine": args.engine if args.engine in ON_CPU else None} if args.engine else {}
+        write_repository(args.repository, **given, **engine)
     print(f"{os.path.relpath(where)}: {check_repository(where)}")
 
 

@@ -8,7 +8,8 @@ import tritonclient.grpc
 import tritonclient.http
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-from core.tables import ENGINES, TEXT
+from core.tables import ENGINES, HINT_BF16, NAMES, PRECISION_HINT, TEXT, TORCH
+from serving.graph_configs import script_names
 from serving.retry import retry
 
 HTTP_URL, GRPC_URL = "127.0.0.1:8000", "127.0.0.1:8001"
@@ -56,6 +57,13 @@ def infer(model, tensors, outputs, url, protocol="http", parameters=None, timeou
     return {name: response.as_numpy(name) for name in outputs}
 
 
+def infer_graph(key, card, feeds, output, url):
+    """A graph's output for token tensors by name; key: one of NAMES."""
+    names = script_names(card) if key == TORCH else {}
+    wanted = names.get(output, output)
+    return infer(NAMES[key], {names.get(name, name): v for name, v in feeds.items()}, [wanted], url)[wanted]
+
+
 def text_tensor(texts, names=(TEXT,)):
     """{TEXT: [texts, 1]} as infer takes it; texts are tuples where a task takes several strings."""
     columns = [texts] if len(names) == 1 else zip(*texts, strict=True)
@@ -88,12 +96,30 @@ def one_pass(service, url, protocol):
     return {name: value["string_value"] for name, value in parameters.items()} if "one_pass" in parameters else {}
 
 
+def key_of_engine(config):
+    """Key of ENGINES of a model, from its config as the server shows it; None of a Python model or an ensemble."""
+    shown = config.get("backend"), config.get("platform")
+    return next((key for key, e in ENGINES.items() if key in shown or (e.platform and e.platform in shown)), None)
+
+
+def computed_in(config, ours):
+    """What OpenVINO makes of FP32: "" where it is forced, else how it is told, since by default it takes BF16."""
+    parameters = {name: value.get("string_value") for name, value in config.get("parameters", {}).items()}
+    if HINT_BF16 in parameters or parameters.get(PRECISION_HINT) == "bf16":
+        return ", BF16"
+    forced = ours and parameters.get(PRECISION_HINT) == "f32"  # the compiled backend reads no such parameter
+    return "" if forced else ", BF16 where the CPU has it"
+
+
 def executed_by(config):
     """What executes a model, from its config as the server shows it: "TensorRT, GPU", "ONNX Runtime, CPU"."""
-    engine = next((e for e in ENGINES.values() if e.platform in (config.get("platform"), config.get("backend"))), None)
-    if engine is None:
+    key = key_of_engine(config)
+    if key is None:
         return config.get("backend") or config.get("platform") or "unknown"
-    if config.get("runtime") == "model.py":  # a Python-based backend of ours
+    engine, ours = ENGINES[key], config.get("runtime") == "model.py"  # a Python-based backend of ours
+    if key == "openvino":
+        return f"{engine.stand_in}{computed_in(config, ours)}"
+    if ours:
         return engine.stand_in
     kinds = {group.get("kind", "KIND_AUTO").removeprefix("KIND_") for group in config.get("instance_group", [{}])}
     return f"{engine.title}, {'/'.join(sorted(kinds))}"
@@ -124,6 +150,5 @@ def read_server(url, protocol, models):
         configs = {key: read_config(model, url, protocol) for key, model in models.items()}
     except SERVER_ERRORS as error:
         raise SystemExit(f"{url}: expected a Triton server ({protocol}), found: {error}; ./serve.sh start") from None
-    platforms = [engine.platform for engine in ENGINES.values()]
-    engines = {key: executed_by(config) for key, config in configs.items() if config.get("platform") in platforms}
+    engines = {key: executed_by(config) for key, config in configs.items() if key_of_engine(config)}
     return {key: metadata[key] for key in ("name", "version")} | {"protocol": protocol, "engines": engines}

@@ -12,10 +12,11 @@ prepare_cpu() {
   rm -rf "$backends" && mkdir -p "$backends/python"
   # copies: Triton refuses a backend library that a link leads out of its folder
   cp "$triton"/backends/python/*.* "$stub" "$backends/python/"
+  cat "$ROOT/serving/stub_start.py" >>"$backends/python/triton_python_backend_utils.py" # every stub imports it first
   for backend in "$ROOT"/serving/backends/*/; do
     cp -r "$backend" "$backends/"
     # they find what they import beside themselves, wherever the server was started
-    cp "$ROOT/core/onnx_runtime.py" "$backends/$(basename "$backend")/"
+    cp "$ROOT/core/onnx_runtime.py" "$ROOT/serving/backends/graph_model.py" "$backends/$(basename "$backend")/"
   done
   # stand-ins for backends of examples/, each with the packages that were installed for it alone
   for backend in "$ROOT"/examples/*/backend/; do
@@ -39,9 +40,14 @@ prepare_cpu() {
 listening = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
 print(*(one.getsockname()[1] for one in listening))')"
   secret=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
+  # the stub would take the system's libpython with the modules of this Python: of another build, they do not load
+  local libpython
+  libpython=$("$python" -c 'import sysconfig; print("{LIBDIR}/{INSTSONAME}".format(**sysconfig.get_config_vars()))')
+  rm -rf "${state:?}/lib" && mkdir "$state/lib"
+  [[ $libpython != *.so* ]] || ln -s "$libpython" "$state/lib/"
   # the stub takes its packages from the python3 on PATH
   PATH=$(dirname "$python"):$PATH
-  export PATH LD_LIBRARY_PATH=$triton/../../nvidia_pytriton.libs${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+  export PATH LD_LIBRARY_PATH=$state/lib:$triton/../../nvidia_pytriton.libs${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
   server=(
     "$triton/bin/tritonserver"
     "${repositories[@]/#/--model-repository=}" "${others[@]/#/--model-repository=}" "${shared[@]}"

@@ -80,7 +80,7 @@ def free_ports(count):
             return list(range(first, first + count))
 
 
-def start_server(*repositories, path="auto", others=(), timeout_s=300):
+def start_server(*repositories, path="auto", others=(), timeout_s=300, script="serve.sh"):
     """Start the CPU server on free ports. Returns (process of serve.sh, ports)."""
     http, grpc, metrics = free_ports(3)
     options = ["--http-port", http, "--grpc-port", grpc, "--metrics-port", metrics, "--path", path, "--drain-s", 5]
@@ -89,7 +89,7 @@ def start_server(*repositories, path="auto", others=(), timeout_s=300):
         options += ["--model-repository", repository]
     for repository in others:
         options += ["--any-repository", repository]
-    return run("serve.sh", "start", "--device", "cpu", *options, timeout_s=timeout_s + 300), (http, grpc)
+    return run(script, "start", "--device", "cpu", *options, timeout_s=timeout_s + 300), (http, grpc)
 
 
 def post(service, path, body):

@@ -139,6 +139,40 @@ def test_a_service_that_generates_is_a_row_and_has_a_table_of_its_ways(place):
     assert report(place, "--check").returncode == 0
 
 
+def test_engines_are_held_against_onnx_runtime_and_one_is_named_for_each_wish(place):
+    def row(engine, precision, speed, memory, error, **others):
+        level = {"texts_per_s": {"median": speed, "min": speed - 1, "max": speed + 1}, "latency_p50_ms": 9.0, "n": 60}
+        found = {
+            "engine": engine,
+            "precision": precision,
+            "executed_by": engine,
+            "relative_l2_error": error,
+            "holds": True,
+        }
+        return found | {"start_s": [9.0, 4.0, 5.0], "memory_mib": memory, "levels": {"1": level, "8": level}} | others
+
+    rows = [
+        row("onnxruntime", "FP32", 50.0, 400.0, 0.0),
+        row("openvino", "INT8", 125.0, 500.0, 0.05),
+        row("openvino", "BEST", 500.0, 600.0, 0.5, holds=False),
+        {"engine": "pytorch", "precision": "FP32", "error": "it ended by itself"},
+    ]
+    settings = {"rounds": 3, "requests": {"1": 60, "8": 160}}
+    record = data.record(data.classifier(), rows=rows, settings=settings, texts={"file": "a.txt", "compared": 64})
+    data.write(place.results / "reviews" / "a-cpu", "engines", record)
+    written(place)
+    text = (place.results / "reviews" / "a-cpu" / "tables.md").read_text()
+    assert (
+        "| OpenVINO, INT8 | 5.0% |  | yes | 125.0 (124.0 to 126.0) | 2.50 |" in text and "9.0 first, 5.0 median" in text
+    )
+    assert "not measured: it ended by itself" in text
+    assert (
+        "| most texts/s, 8 together, most texts/s, one at a time | OpenVINO, INT8 | 125.0: 2.50 × ONNX Runtime, FP32 |"
+        in text
+    )
+    assert "ONNX Runtime, FP32 | 400.0: no other is better |" in text
+
+
 def test_what_a_service_survived_is_counted_by_outcome(place):
     place.text.write_text(data.TEXT + "\n<!-- begin survived -->\nold\n<!-- end survived -->\n")
     assert "Not measured." in block(written(place), "survived")

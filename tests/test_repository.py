@@ -9,7 +9,7 @@ from conftest import ROOT, copy_repository, link_copy, run, run_here
 
 from core import files, repository, tables, tokens
 from serving import check as checker
-from serving import configs
+from serving import configs, graph_configs
 from serving import repository as writer
 
 OWN_CARD = {
@@ -54,9 +54,11 @@ def test_written_configs_are_read_back_by_tritons_protobuf(exported):
 
 
 def test_the_reference_alone_is_kept_from_tf32():
-    text = configs.config_text(configs.model_config("ONNX", OWN_CARD, 8, "onnxruntime", 128))
+    text = configs.config_text(graph_configs.model_config("ONNX", OWN_CARD, 8, "onnxruntime", 128))
     assert 'key: "use_tf32"' in text and 'name: "cuda"' in text
-    assert "use_tf32" not in configs.config_text(configs.model_config("TRT_FP16", OWN_CARD, 8, "onnxruntime", 128))
+    assert "use_tf32" not in configs.config_text(
+        graph_configs.model_config("TRT_FP16", OWN_CARD, 8, "onnxruntime", 128)
+    )
 
 
 def test_agreement_is_said(exported):

@@ -12,10 +12,10 @@ from tqdm import tqdm
 
 from core.files import sha256, spread
 from core.onnx_runtime import open_session
-from core.repository import engine_of, graph_path, present, tokenizer_path
-from core.tables import EMBEDDERS, ENGINES, LOGITS, REFERENCE
+from core.repository import engine_of, graph_path, present, script_path, tokenizer_path
+from core.tables import EMBEDDERS, ENGINES, LOGITS, NAMES, REFERENCE, TORCH
 from core.tokens import encode, load_tokenizer
-from serving.server import SERVER_ERRORS, infer, read_config, read_server, text_tensor
+from serving.server import SERVER_ERRORS, infer, infer_graph, read_config, read_server, text_tensor
 from tasks import heads
 
 SAME_MODEL_ERROR = 0.05  # of a logit; FP32 arithmetic stays far below, another model far above
@@ -28,7 +28,7 @@ SPEED_TEXTS = 64  # one request each, the models in turn
 Source = namedtuple("Source", "tokenize logits engines record max_batch_size")
 
 
-def models_to_judge(repository):
+def models_to_judge(repository, card):
     """Keys of the graphs to compare. FP32's is the reference itself, unless it has a plan."""
     reference = graph_path(repository, REFERENCE)
     if not reference.is_file():
@@ -39,7 +39,7 @@ def models_to_judge(repository):
     digest = sha256(reference)
 
     def is_twin(key):
-        return engine_of(repository, key) != "tensorrt" and sha256(graph_path(repository, key)) == digest
+        return engine_of(repository, card, key) != "tensorrt" and sha256(graph_path(repository, key)) == digest
 
     return [key for key in present(repository) if key == REFERENCE or not is_twin(key)]
 
@@ -99,20 +99,20 @@ def open_here(repository, card, keys):
 
 def open_server(url, card, keys):
     """Source of the same models behind a Triton server, whose own tokenizer makes the tokens."""
-    models = {key: EMBEDDERS[key] for key in keys}
+    models = {key: NAMES[key] for key in keys}
     record = read_server(url, "http", models | {"tokenizer": "tokenizer"})
 
-    def ask(model, tensors, outputs):
+    def ask(model, question, *arguments):
         try:
-            return infer(model, tensors, outputs, url)
+            return question(*arguments, url)
         except SERVER_ERRORS as error:
             raise SystemExit(
                 f"{url}: expected an answer of {model}, found: {error}; ./serve.sh status, then its log"
             ) from None
 
     return Source(
-        lambda texts: ask("tokenizer", text_tensor(texts), card["inputs"]),
-        lambda key, feeds: ask(models[key], feeds, [LOGITS])[LOGITS],
+        lambda texts: ask("tokenizer", infer, "tokenizer", text_tensor(texts), card["inputs"]),
+        lambda key, feeds: ask(models[key], infer_graph, key, card, feeds, LOGITS),
         record.pop("engines"),
         record,
         read_config("tokenizer", url, "http")["max_batch_size"],
@@ -143,14 +143,35 @@ def check_served_models(served, args, card, texts):
             )
 
 
+def served_torch(source, args, card, texts):
+    """Logits of the original checkpoint through the server, which has it as a TorchScript; exits if it is another."""
+
+    def ask(texts, size):
+        return gather(texts, size, "torch", lambda batch: {TORCH: source.logits(TORCH, source.tokenize(batch))})[TORCH]
+
+    few = spread(texts, 8)
+    expected, found = torch_logits(args, card, few), ask(few, 1)
+    if not np.abs(found - expected).max() <= SAME_GRAPH_ERROR:
+        raise SystemExit(
+            f"{args.url}: expected {NAMES[TORCH]} to be --model, found another (its logits differ by "
+            f"{np.abs(found - expected).max():.3g}); name the one that was exported"
+        )
+    return ask(texts, min(args.batch_size, source.max_batch_size))
+
+
 def collect(args, card, texts, keys):
-    """(source of the graphs' answers, {model: float32 [texts, classes]} of torch and of every graph)."""
+    """(source of the graphs' answers, {model: float32 [texts, classes]} of torch and of every graph).
+
+    torch is asked through the server too where its repository has the checkpoint as a TorchScript.
+    """
     if args.url:
-        source = open_server(args.url, card, keys)
+        script = [TORCH] if script_path(args.repository).is_file() else []
+        source = open_server(args.url, card, [*keys, *script])
         check_served_models(source, args, card, texts)
     else:
         source = open_here(args.repository, card, keys)
-    reference = torch_logits(args, card, texts)
+    served = TORCH in source.engines
+    reference = served_torch(source, args, card, texts) if served else torch_logits(args, card, texts)
 
     def answer(batch):
         feeds = source.tokenize(batch)  # every model gets the same tokens

@@ -8,7 +8,7 @@ from pathlib import Path
 from core.files import ROOT, read_json, replace_when_done, sha256, write_json
 from core.record import results_folder
 from core.repository import check_name, graph_path
-from core.tables import EMBEDDERS
+from core.tables import EMBEDDERS, ENGINES
 from serving.plans import plan_path
 from serving.repository import extract
 
@@ -71,7 +71,10 @@ def package(args, card):
     winner, study = read_winner(args, card)
     service = card["service"]
     name = check_name(args.name or service["name"], "--name")
-    precision = winner.removeprefix("TRT_")
+    # what was measured is what is packed
+    measured = study["models"][winner]["engine"]
+    engine = next((key for key, row in ENGINES.items() if measured.startswith(row.title)), "onnxruntime")
+    precision = "BF16" if measured.endswith(", BF16") else winner.removeprefix("TRT_")
     root = f"{name}-{precision}"
     output = args.output or ROOT / "build" / f"{root}.tar.gz"
     # what the service's LABEL follows; None where it is the largest logit
@@ -80,8 +83,6 @@ def package(args, card):
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / root
         folder.mkdir()
-        # what was measured is what is packed
-        engine = "tensorrt" if study["models"][winner]["engine"].startswith("TensorRT") else "onnxruntime"
         settings = {"name": name, "max_batch_size": args.max_batch_size or service["max_batch_size"]}
         extract(args.repository, folder / "model_repository", precision, engine, threshold=threshold, **settings)
         write_manifest(folder, name, winner, study)

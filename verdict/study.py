@@ -8,7 +8,7 @@ from core.files import read_json, replace_when_done, sha256, spread, write_json
 from core.labelled import class_indices, read_labelled
 from core.record import environment_record, results_folder
 from core.repository import graph_path, graph_properties, read_graph
-from core.tables import REFERENCE
+from core.tables import REFERENCE, TORCH
 from serving.plans import plan_path
 from verdict import statistics
 from verdict.logits import collect, measure_latency, models_to_judge
@@ -170,9 +170,9 @@ def study(args, card):
     """The whole study; writes verdicts.json and verdicts.csv and prints what they say."""
     positive = find_positive(args, card)
     texts, classes = read_data(args, card, positive)
-    keys = models_to_judge(args.repository)
+    keys = models_to_judge(args.repository, card)
     source, logits = collect(args, card, texts, keys)
-    latency = measure_latency(source, keys, texts)
+    latency = measure_latency(source, source.engines, texts)
     reference = logits["torch"]
     threshold = find_threshold(args, reference, classes, positive)
     weights = statistics.resample(len(texts), args.resamples, args.seed)
@@ -182,7 +182,9 @@ def study(args, card):
         if name != "torch":
             flips[name] = list_flips(values, reference, texts, classes, positive, threshold)
             listed = [{key: value for key, value in flip.items() if key not in private} for flip in flips[name]]
-            rows[name] |= {"latency_p50_ms": latency[name], "engine": source.engines[name], "flipped": listed}
+            rows[name]["flipped"] = listed
+        if (key := TORCH if name == "torch" else name) in source.engines:
+            rows[name] |= {"latency_p50_ms": latency[key], "engine": source.engines[key]}
     folder = results_folder(args.results, card)
     write_logits(folder / "verdicts.csv", logits, card["labels"])
     record = {

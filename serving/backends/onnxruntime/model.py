@@ -1,101 +1,28 @@
 """Python-based Triton backend: executes a model's ONNX graph with ONNX Runtime on the CPU.
 
 Serves `platform: "onnxruntime_onnx"` where Triton has no compiled ONNX Runtime backend.
-Reads <model>/<version>/model.onnx; names, types and shapes come from the model's config.
-Understands the compiled backend's parameter intra_op_thread_count, and spinning (see
-core/onnx_runtime.py).
+Reads <model>/<version>/model.onnx. Understands the compiled backend's parameter
+intra_op_thread_count, and spinning (see core/onnx_runtime.py).
 """
 
-import importlib.util
-import json
+import sys
 from pathlib import Path
 
-import numpy as np
-import triton_python_backend_utils as pb_utils
+# serve.sh puts graph_model.py and onnx_runtime.py beside this file: the server may have been started anywhere
+sys.path.insert(0, str(Path(__file__).parent))
 
-# serve.sh puts core/onnx_runtime.py beside this file: the server may have been started anywhere
-_spec = importlib.util.spec_from_file_location("onnx_runtime", Path(__file__).with_name("onnx_runtime.py"))
-_onnx_runtime = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_onnx_runtime)
-
-TOKENS = ("INPUT_IDS", "ATTENTION_MASK", "TOKEN_TYPE_IDS")
+from graph_model import GraphModel
+from onnx_runtime import open_session
 
 
-class TritonPythonModel:
-    @staticmethod
-    def auto_complete_config(auto_complete_model_config):
-        """Leave the config as it is written: configs are complete."""
-        return auto_complete_model_config
+class TritonPythonModel(GraphModel):
+    title = "ONNX Runtime"
 
-    def initialize(self, args):
-        """Load the graph once."""
-        config = json.loads(args["model_config"])
-        self.inputs = [tensor["name"] for tensor in config["input"]]
-        self.outputs = [tensor["name"] for tensor in config["output"]]
-        self.output_types = [pb_utils.triton_string_to_numpy(tensor["data_type"]) for tensor in config["output"]]
-        self.batches = config["max_batch_size"] > 0
-        path = Path(args["model_repository"]) / args["model_version"] / "model.onnx"
-        settings = {key: value["string_value"] for key, value in config.get("parameters", {}).items()}
+    def find_file(self, config):
+        return "model.onnx"  # also beside a plan
+
+    def open(self, path, config, settings):
         threads = int(settings.get("intra_op_thread_count", 0))
         options = {"spinning": settings["spinning"]} if "spinning" in settings else {}
-        try:
-            self.session = _onnx_runtime.open_session(path, threads, **options)
-        except Exception as error:  # ONNX Runtime's exceptions share no other base
-            raise pb_utils.TritonModelException(
-                f"{path}: expected a graph that ONNX Runtime loads, found: {error}"
-            ) from None
-
-    def execute(self, requests):
-        """One run for all requests, answers split again along the batch axis; a bad one fails alone."""
-        errors = [self.find_error(request) for request in requests]
-        good = [request for request, error in zip(requests, errors, strict=True) if not error]
-        together = [good] if self.batches and good else [[request] for request in good]
-        answers = (answer for part in together for answer in self.run(part))
-        return [failure(error, pb_utils.TritonError.INVALID_ARG) if error else next(answers) for error in errors]
-
-    def find_error(self, request):
-        """What is wrong with a request's tokens, in words; "" where nothing is. ONNX Runtime reads an id of -1 as the last."""
-        tokens = {n: pb_utils.get_input_tensor_by_name(request, n).as_numpy() for n in self.inputs if n in TOKENS}
-        if "PAST" not in self.inputs and len({values.shape for values in tokens.values()}) > 1:
-            shapes = ", ".join(f"{name} {list(values.shape)}" for name, values in tokens.items())
-            return f"expected tensors of one shape, found {shapes}"
-        for name, values in tokens.items():
-            if values.size and values.min() < 0:
-                return f"{name}: expected numbers from 0 on, found {values.min()}"
-        mask = tokens.get("ATTENTION_MASK")
-        if mask is not None and mask.size and (mask.max() > 1 or not mask.any(axis=-1).all()):
-            return f"ATTENTION_MASK: expected 0 and 1, and a 1 in each row, found {mask.max()} as the largest"
-        return ""
-
-    def run(self, requests):
-        """Responses to requests that are executed as one batch."""
-        feeds = {}
-        for name in self.inputs:
-            parts = [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for request in requests]
-            feeds[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        sizes = [len(pb_utils.get_input_tensor_by_name(request, self.inputs[0]).as_numpy()) for request in requests]
-        try:
-            results = self.session.run(self.outputs, feeds)
-        except Exception as error:  # as above
-            if len(requests) > 1:  # one bad request must not fail its neighbours
-                return [self.run([request])[0] for request in requests]
-            if "out of data bounds" in str(error):
-                words = "INPUT_IDS: expected ids of the vocabulary, and no more of them than the model has positions"
-                return [failure(f"{words}; found others", pb_utils.TritonError.INVALID_ARG)]
-            return [failure(f"ONNX Runtime: {error}", pb_utils.TritonError.INTERNAL)]
-        results = [result.astype(kind, copy=False) for result, kind in zip(results, self.output_types, strict=True)]
-        if len(requests) == 1:
-            return [self.response(results)]
-        stops = np.cumsum(sizes)
-        return [
-            self.response([r[stop - size : stop] for r in results]) for size, stop in zip(sizes, stops, strict=True)
-        ]
-
-    def response(self, arrays):
-        """Arrays in the order of the config's outputs -> response."""
-        return pb_utils.InferenceResponse([pb_utils.Tensor(n, a) for n, a in zip(self.outputs, arrays, strict=True)])
-
-
-def failure(message, code):
-    """Response that carries only an error."""
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
+        session = open_session(path, threads, **options)
+        return lambda feeds: session.run(self.outputs, feeds)
