@@ -39,8 +39,8 @@ def compute_in_fp32(config):
     cuda.parameters["use_tf32"] = "0"
 
 
-def add_warmup(config, files, batch, dims, count=1):
-    """A real text, whose tensors lie in files; files: {input: name}."""
+def add_warmup(config, files, batch, dims, count=0):
+    """A real text, whose tensors lie in files; files: {input: name}. count: runs, where it is more than one."""
     warmup = config.model_warmup.add(name=f"batch {batch}", batch_size=batch, count=count)
     for name, file in files.items():
         tensor = warmup.inputs[name]

@@ -35,7 +35,7 @@ def served():
         shutil.copytree(repository / "saved_model", repository / name)
         spoil(repository / name)
         config = (repository / name / "config.pbtxt").read_text().replace('"saved_model"', f'"{name}"')
-        (repository / name / "config.pbtxt").write_text(config.split("parameters")[0] if name == "bare" else config)
+        (repository / name / "config.pbtxt").write_text(config.split("parameters: {")[0] if name == "bare" else config)
     done, (http, _) = start_server(others=[repository])
     expected = json.loads((folder / "expected.json").read_text())
     yield SimpleNamespace(http=f"127.0.0.1:{http}", done=done, **{k: np.array(v) for k, v in expected.items()})

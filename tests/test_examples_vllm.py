@@ -27,7 +27,7 @@ def break_models(repository, folder):
         shutil.rmtree(repository / name, ignore_errors=True)
         shutil.copytree(repository / "smollm2", repository / name)
         config = (repository / name / "config.pbtxt").read_text().replace('"smollm2"', f'"{name}"')
-        (repository / name / "config.pbtxt").write_text(config.split("parameters")[0] if name == "bare" else config)
+        (repository / name / "config.pbtxt").write_text(config.split("parameters: {")[0] if name == "bare" else config)
         if name in ("empty", "truncated"):
             model = repository / name / "checkpoint"
             model.mkdir()

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-from conftest import link_copy, post, start_server, succeed
+from conftest import link_copy, post, run, start_server, succeed
 
 PLANTED = """
         import ssl
@@ -47,6 +47,7 @@ def test_a_numpy_that_is_too_new_is_named_before_the_process_ends(tiny, tmp_path
     (packages / "numpy/__init__.py").write_text(fake)
     parameter = f'parameters {{\n  key: "EXECUTION_ENV_PATH"\n  value {{ string_value: "{environment}" }}\n}}\n'
     repository = with_tokenizer(tiny.repository, tmp_path / "tiny", "", parameter)
-    done, _ = start_server(repository, path="ensemble")
+    done, (http, _) = start_server(repository, path="ensemble")
+    run("serve.sh", "stop", "--http-port", http)  # where it started all the same
     assert done.returncode == 1
     assert f"expected NumPy below 2 in the environment of a Python model, found {version}" in done.stderr, done.stderr
