@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Build the four TensorRT plans FP32, FP16, INT8 and BEST with trtexec, and prove them.
 # Usage: ./build_trt.sh [options]
-#   --only P               FP32, FP16, INT8 or BEST
+#   --precisions P...      of FP32 FP16 INT8 BEST, the default, and the further BF16 FP8
+#                          of quantize.py --precisions; --only P is one of them
 #   --dry-run              print the exact commands and run nothing
 #   --docker               use the pinned Triton image, the one that serves
 #   --typed                TensorRT 10 builds the typed graphs with --stronglyTyped, as 11
@@ -43,9 +44,11 @@ parse_args() {
   dry_run='' docker='' build_options=() tf32=() plain='' optimal=() workspace=()
   cache=$LOGS/timing.cache repository=$ROOT/model_repository results=$ROOT/results
   read -ra precisions <<<"$(module serving.ask precisions)"
+  local known
+  known="${precisions[*]} $(module serving.ask further)"
   while [ $# -gt 0 ]; do
     case $1 in
-      --only | --opt-batch | --opt-length | --workspace | --timing-cache | --model-repository | --results)
+      --only | --precisions | --opt-batch | --opt-length | --workspace | --timing-cache | --model-repository | --results)
         [ $# -gt 1 ] || fail "$1: expected a value; see -h" 2
         ;;
     esac
@@ -56,9 +59,13 @@ parse_args() {
       --typed) build_options=(--typed) ;;
       --no-tf32) tf32=(--noTF32) ;;
       --plain-int8) plain=--plain ;;
-      --only)
-        [[ " ${precisions[*]} " == *" $2 "* ]] || fail "--only: expected ${precisions[*]}, found '$2'" 2
-        precisions=("$2") && shift
+      --only | --precisions)
+        precisions=()
+        while [ $# -gt 1 ] && [[ $2 != -* ]]; do
+          [[ " $known " == *" $2 "* ]] || fail "--precisions: expected of $known, found '$2'" 2
+          precisions+=("$2") && shift
+        done
+        [ ${#precisions[@]} -gt 0 ] || fail "--precisions: expected of $known, found none" 2
         ;;
       --opt-batch | --opt-length | --workspace)
         [[ $2 =~ ^[1-9][0-9]{0,8}$ ]] || fail "$1: expected a number from 1, found '$2'" 2

@@ -22,7 +22,7 @@ from core.arguments import make_parser
 from core.files import REPOSITORY, RESULTS, sha256, write_json
 from core.record import environment_record, results_folder
 from core.repository import EXPORT, graph_path, present, read_card
-from core.tables import MAX_BATCH_SIZE, OPT_BATCH_SIZE, OPT_LENGTH, REFERENCE
+from core.tables import MAX_BATCH_SIZE, MODELS, OPT_BATCH_SIZE, OPT_LENGTH, PRECISIONS, REFERENCE
 from serving.plans import shapes
 
 ARCHITECTURES = ("SM80", "SM86", "SM89", "SM120")  # A100; A10, RTX 30; L4, RTX 40; RTX 50
@@ -83,9 +83,18 @@ def compile_graph(trt, path, architecture, sizes=SHAPES):
     return None
 
 
+def has(architecture, graph):
+    """Whether an architecture multiplies in the precision of a graph: a key of MODELS, or a file that says for itself."""
+    needed = PRECISIONS[MODELS[graph].precision].capability if graph in MODELS else 0
+    return int(architecture.removeprefix("SM")) >= 10 * needed
+
+
 def compile_all(trt, graphs, architectures, sizes):
-    """[{"graph", "architecture", "error", "seconds"}] of every graph for every architecture, each printed when done."""
-    rows, pairs = [], [(name, path, a) for name, path in graphs.items() for a in architectures]
+    """[{"graph", "architecture", "error", "seconds"}] of every graph for every architecture that has its precision.
+
+    Each is printed when done.
+    """
+    rows, pairs = [], [(name, path, a) for name, path in graphs.items() for a in architectures if has(a, name)]
     for name, path, architecture in tqdm(pairs, desc="compile", unit="graph", mininterval=1, file=sys.stderr):
         started = time.perf_counter()
         error = compile_graph(trt, path, architecture, sizes)
@@ -117,6 +126,9 @@ def main():
     missing = [str(path) for path in graphs.values() if not path.is_file()]
     if missing:
         raise SystemExit(f"{missing[0]}: expected an ONNX graph, found none; {EXPORT}, then quantize.py")
+    lacking = [f"{name} for {a}" for name in graphs for a in args.architectures if not has(a, name)]
+    if lacking:
+        print(f"left out, their tensor cores lack the precision: {', '.join(lacking)}", file=sys.stderr)
     rows = compile_all(trt, graphs, args.architectures, sizes)
     if not args.graphs:
         digests = {name: sha256(path) for name, path in graphs.items()}

@@ -3,7 +3,8 @@
 
 Reads:  model_repository/model_ONNX/1/model.onnx, the record and the tokenizer of its export, assets/texts.txt.
 Writes: model_repository/model_TRT_{FP32,FP16,INT8,BEST}/1/model.onnx,
-        results/<model>/<machine>/sensitivity.json.
+        results/<model>/<machine>/sensitivity.json. With --precisions BF16 FP8: model_TRT_{BF16,FP8}/1/model.onnx,
+        sensitivity_fp8.json, and precisions.json: every precision on texts that chose nothing.
 Run:    ./quantize.py
 Prints: one line per graph: precision, size, share of the weight-MatMul FLOPs in INT8.
 
@@ -27,12 +28,13 @@ from core.arguments import make_parser
 from core.files import REPOSITORY, RESULTS, TEXTS, read_texts, replace_when_done, sha256, write_json
 from core.record import environment_record, results_folder
 from core.repository import graph_path, graph_tensors, is_own, read_card, read_graph, tokenizer_path, weight_matmuls
-from core.tables import REFERENCE, SERVED, model_key
+from core.tables import FURTHER, REFERENCE, SERVED, model_key
 from core.tokens import load_tokenizer
 from precision.calibration import load_texts
+from precision.further import describe_precisions, measure_precisions
 from precision.int8_check import check_quantization
 from precision.int8_graph import flops_share
-from precision.int8_recipes import candidate_matmuls, find_recipes, naive_recipes, recipe_digest
+from precision.int8_recipes import FP8, INT8, candidate_matmuls, find_recipes, naive_recipes, recipe_digest
 from precision.int8_search import SEARCHED, missed_target, search_int8
 from precision.makers import Learnt, make_graph
 from serving.repository import write_repository
@@ -49,26 +51,31 @@ def find_target(args, task):
     return task.target | {name: value for name, value in asked.items() if value is not None}
 
 
-def find_int8(args, card, reference, parts, facts):
-    """(recipes, names of the MatMuls in INT8, path and content of sensitivity.json); exits if the target is missed."""
+def find_int8(args, card, reference, parts, facts, precisions=SEARCHED):
+    """(recipes, names of the MatMuls in INT8, path and content of sensitivity.json); exits if the target is missed.
+
+    precisions: those of one search; ("FP8",) finds FP8 in the same way.
+    """
     started = time.monotonic()
     task = TASKS[card["task"]]
     target = find_target(args, task)
-    recipes = find_recipes(reference, parts["calibration"], parts["held_out"], args.seed)
-    # --quick: where all in INT8 meet the target, nothing more is measured
-    for deadline in [0.0] * args.quick + [started + 60 * args.max_minutes]:
-        chosen, found = search_int8(reference, recipes, parts["selection"], task, target, args.min_int8_share, deadline)
+    fp8 = precisions == ("FP8",)
+    recipes = find_recipes(reference, parts["calibration"], parts["held_out"], args.seed, FP8 if fp8 else INT8)
+    share, selection = args.min_int8_share, parts["selection"]
+    # --quick, and FP8: where all in it meet the target, nothing more is measured
+    for deadline in [0.0] * (args.quick or fp8) + [started + 60 * args.max_minutes]:
+        chosen, found = search_int8(reference, recipes, selection, task, target, share, deadline, precisions)
         found["time_was_over"] &= deadline > 0
         if chosen:
             break
     record = {"model": card, "environment": environment_record(), "texts": facts, "seed": args.seed}
-    record |= {"target": target | {"int8_flops_share": args.min_int8_share}}
+    record |= {"target": target | {"int8_flops_share": share}}
     record |= {"seconds": round(time.monotonic() - started, 1), "peak_memory_mib": peak_memory_mib()}
-    path = results_folder(args.results, card) / "sensitivity.json"
+    path = results_folder(args.results, card) / f"sensitivity{'_fp8' if fp8 else ''}.json"
     if not chosen:
         write_json(path, record | found)
         print(path)
-        raise SystemExit(missed_target(found, target, args.min_int8_share, args.max_minutes))
+        raise SystemExit(missed_target(found, target, share, args.max_minutes, precisions))
     return recipes, chosen, (path, record | found)
 
 
@@ -107,8 +114,9 @@ def check_graph(path, precision, graph, reference, chosen):
             f"{path}: expected the reference's tensors, {graph_tensors(reference)}; found {graph_tensors(graph)}; "
             "report it with the model's name"
         )
-    if precision in SEARCHED:
-        check_quantization(path, graph, chosen)
+    if chosen and precision in (*SEARCHED, "FP8"):
+        kind = onnx.TensorProto.FLOAT8E4M3FN if precision == "FP8" else onnx.TensorProto.INT8
+        check_quantization(path, graph, chosen, kind)
 
 
 def write_graphs(paths, reference_path, reference, learnt, properties, record=None):
@@ -137,7 +145,10 @@ def write_graphs(paths, reference_path, reference, learnt, properties, record=No
         print(record[0])
     for precision, path in paths.items():
         size = f"{path.stat().st_size / 1e6:7.1f} MB"
-        print(f"{precision:4} {size}, {share:4.0%} of the weight-MatMul FLOPs in INT8, {path}", flush=True)
+        print(
+            f"{precision:4} {size}, {share:4.0%} of the weight-MatMul FLOPs in {'FP8' if precision == 'FP8' else 'INT8'}, {path}",
+            flush=True,
+        )
 
 
 def parse_args():
@@ -167,7 +178,14 @@ def parse_args():
     parser.add_argument(
         "--naive", action="store_true", help="no search: all MatMuls, largest values as ranges; for comparison"
     )
-    parser.add_argument("--only", nargs="+", choices=SERVED, default=SERVED, help="make these graphs (default: all)")
+    parser.add_argument(
+        *("--precisions", "--only"),
+        dest="only",
+        nargs="+",
+        choices=(*SERVED, *FURTHER),
+        default=SERVED,
+        help=f"make these graphs (default: {' '.join(SERVED)}; further: {' '.join(FURTHER)}, for TensorRT)",
+    )
     parser.add_argument("--repository", type=Path, default=REPOSITORY)
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -208,15 +226,23 @@ def main():
     parts, facts = load_texts(args.calibration_texts, tokenizer, card, args.max_selection_texts)
     properties = {"calibration_sha256": facts["sha256"], "reference_sha256": sha256(reference_path)}
     print(f"calibration: {facts['calibration_tokens']} tokens of {facts['calibration']} texts", file=sys.stderr)
-    paths = {p: graph_path(args.repository, model_key(p)) for p in SERVED if p in args.only}
+    paths = {p: graph_path(args.repository, model_key(p)) for p in (*SERVED, *FURTHER) if p in args.only}
+    fp8 = {p: paths.pop(p) for p in ("FP8",) if p in paths}
     for precision in [p for p in paths if p not in SEARCHED]:
         path = {precision: paths.pop(precision)}
         write_graphs(path, reference_path, reference, Learnt(parts["calibration"]), properties)
     if paths:
         learnt, said, record = learn(args, card, reference, parts, facts)
         write_graphs(paths, reference_path, reference, learnt, properties | said, record)
-    if not is_own(args.repository):  # its configs name the graphs that are there
+    if fp8:
+        recipes, chosen, record = find_int8(args, card, reference, parts, facts, ("FP8",))
+        learnt = Learnt(recipes=recipes, chosen=chosen)
+        write_graphs(fp8, reference_path, reference, learnt, properties, record)
+    further = any(p in args.only for p in FURTHER)
+    if further or not is_own(args.repository):  # its configs name the graphs that are there
         write_repository(args.repository)
+    if further:
+        print(*describe_precisions(path := measure_precisions(args.repository, card, args.results)), path, sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Write what results/ holds into the marked blocks of report.md and README.md, and into tables of each model.
 
-Reads:  results/<slug>/<machine>/quality.json, quality.csv, perf.json, plans.json, compile.json, complexity.json,
-        sensitivity.json, sts.json; of a classifier verdicts.json, verdicts.csv, training.json; of a service that
+Reads:  results/<slug>/<machine>/quality.json, quality.csv, perf.json, plans.json, compile.json, complexity.json, surface.json,
+        sensitivity.json, precisions.json, sts.json; of a classifier verdicts.json, verdicts.csv, training.json; of a service that
         generates generation.json.
 Writes: the text between <!-- begin NAME --> and <!-- end NAME --> in report.md and README.md; beside the data
         tables.md, every table of that model on that machine, and pictures.

@@ -27,7 +27,7 @@ from core.files import spread as evenly
 from core.onnx_runtime import open_session
 from core.record import environment_record, gpu_record, results_folder
 from core.repository import answering_key, graph_path, present, read_card, script_path
-from core.tables import ATTENTION_MASK, MODELS, NAMES, PRECISIONS, REFERENCE
+from core.tables import ATTENTION_MASK, EMBEDDERS, MODELS, NAMES, PRECISIONS, REFERENCE
 from serving.plans import plan_path
 from serving.repository import extract
 from serving.server import SERVER_ERRORS, executed_by, infer, infer_graph, read_config, text_tensor
@@ -43,7 +43,7 @@ BUILD = ROOT / "build" / "engines"
 
 def candidates(repository):
     """[(engine, precision)] that the repository has files of and this machine executes; the reference first."""
-    precisions = {MODELS[key].precision: key for key in present(repository) if key != REFERENCE}
+    precisions = {MODELS[key].precision: key for key in present(repository) if key in EMBEDDERS and key != REFERENCE}
     found = [("onnxruntime", p) for p in (REFERENCE, *precisions) if p == REFERENCE or PRECISIONS[p].on_cpu]
     if reason := why_missing("openvino"):
         print(f"openvino: not measured: {reason}")

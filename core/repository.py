@@ -41,7 +41,7 @@ def site_packages(repository):
 
 def graph_path(repository, key):
     """The ONNX graph of a model; key is one of MODELS."""
-    return repository / EMBEDDERS[key] / "1" / "model.onnx"
+    return repository / MODELS[key].name / "1" / "model.onnx"
 
 
 def present(repository):
@@ -55,10 +55,11 @@ def script_path(repository):
 
 
 def answering_key(service):
-    """Key of the model through which a service answers. BF16 is made of the reference by the engine."""
+    """Key of the model through which a service answers. OpenVINO makes BF16 of the reference."""
     if service.get("engine") == "pytorch":
         return TORCH
-    return REFERENCE if service["precision"] == "BF16" else model_key(service["precision"])
+    made = service["precision"] == "BF16" and service.get("engine") == "openvino"
+    return REFERENCE if made else model_key(service["precision"])
 
 
 def engine_of(repository, card, key):
@@ -66,7 +67,7 @@ def engine_of(repository, card, key):
 
     OpenVINO where the service's record says so; TensorRT where there is a plan, and for the task's own.
     """
-    if (card.get("service") or {}).get("engine") == "openvino":
+    if (card.get("service") or {}).get("engine") == "openvino" and key in EMBEDDERS:
         return "openvino"
     engine = MODELS[key].engine
     wanted = graph_path(repository, key).with_name(ENGINES[engine].file)
@@ -106,12 +107,42 @@ def own_record(folder):
     return card if models and isinstance(card, dict) and "task" in card else {}
 
 
+# --- what a service answers through ---------------------------------------------------
+
+
+def choose(repository, precision):
+    """Key of the model of a precision, whose graph is there."""
+    key = model_key(precision)
+    if key not in MODELS or key not in present(repository):
+        remedy = EXPORT if key == REFERENCE else f"run quantize.py --repository {repository}"
+        path = repository / f"model_{key}" / "1" / "model.onnx"
+        raise SystemExit(f"{path}: expected the graph of --precision {precision}, found none; {remedy}")
+    return key
+
+
+def check_choice(repository, service):
+    """Exit unless what a service answers through is there."""
+    engine, precision = service.get("engine"), service["precision"]
+    if engine == "pytorch":
+        if precision not in (REFERENCE, "FP32"):
+            raise SystemExit(f"--engine pytorch: expected --precision {REFERENCE}, found {precision}; leave it out")
+        if not script_path(repository).is_file():
+            raise SystemExit(f"{script_path(repository)}: expected a TorchScript, found none; {EXPORT} --torchscript")
+        return
+    made = precision == "BF16" and engine == "openvino"
+    if precision == "BF16" and not made and model_key(precision) not in present(repository):
+        raise SystemExit(
+            "--precision BF16: expected --engine openvino or its typed graph, found neither; name it, or run quantize.py --precisions BF16"
+        )
+    choose(repository, REFERENCE if made else precision)
+
+
 # --- graphs --------------------------------------------------------------------------
 
 
 def read_graph(path):
     """Load an ONNX file; exits where it is missing or broken, with the command that makes it."""
-    remedy = EXPORT if path.parts[-3] == EMBEDDERS[REFERENCE] else "run quantize.py"
+    remedy = EXPORT if path.parts[-3] == MODELS[REFERENCE].name else "run quantize.py"
     try:
         graph = onnx.load(path)
     except OSError as error:

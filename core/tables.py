@@ -17,6 +17,7 @@ class Precision:
 
     maker: str  # function of precision/makers.py that makes the graph
     served: bool  # whether it is one of the task's four TensorRT models
+    capability: float  # least compute capability whose tensor cores have it; 0: every GPU
     trt10_graph: str  # what trtexec 10 builds by default from: the "reference" or the "typed" graph
     trt10_flags: tuple  # with which flags; from TensorRT 11 on the typed graph alone says it
     plan_has: str | None  # the precision of which a plan must have layers
@@ -37,34 +38,39 @@ BF16_GATE = {"relative_l2_error": 0.05, "mean_cosine": 0.998}  # three bits less
 INT8_TARGET = {"relative_l2_error": 0.10, "mean_cosine": 0.99}
 INT8_GATE = {"relative_l2_error": 0.12, "mean_cosine": 0.985}
 
-# name: maker, served, graph and flags for TensorRT 10, plan_has, bytes, peaks, target, gate, picture, on_cpu
+# name: maker, served, capability, graph and flags for TensorRT 10, plan_has, bytes, peaks, target, gate, picture, on_cpu
 PRECISIONS = {
     "FP32": Precision(
-        "link_reference", True, "reference", (), None, Element(4, 4, 4, 4), "FP32", "FP32",
+        "link_reference", True, 0, "reference", (), None, Element(4, 4, 4, 4), "FP32", "FP32",
         None, FLOAT_GATE, "-", "s", True,
     ),
     "TF32": Precision(  # stored as FP32; never a model of its own: it is what a GPU makes of FP32
-        "emulate_tf32", False, "reference", (), None, Element(4, 4, 4, 4), "TF32", "TF32",
+        "emulate_tf32", False, 8.0, "reference", (), None, Element(4, 4, 4, 4), "TF32", "TF32",
         None, FLOAT_GATE, (0, (1, 1)), "P", True,
     ),
     "FP16": Precision(
-        "convert_fp16", True, "reference", ("--fp16",), "FP16", Element(2, 2, 2, 2), "FP16", "FP16",
+        "convert_fp16", True, 7.0, "reference", ("--fp16",), "FP16", Element(2, 2, 2, 2), "FP16", "FP16",
         None, FLOAT_GATE, "--", "^", True,
     ),
-    "BF16": Precision(  # no model of its own: OpenVINO computes in it what FP32's graph says
-        "convert_bf16", False, "typed", (), "BF16", Element(2, 2, 2, 2), "BF16", "BF16",
+    "BF16": Precision(  # made where it is asked for; OpenVINO computes in it what FP32's graph says
+        "convert_bf16", False, 8.0, "typed", (), "BF16", Element(2, 2, 2, 2), "BF16", "BF16",
         None, BF16_GATE, (0, (3, 1, 1, 1)), "X", False,
     ),
     "INT8": Precision(  # FP32 around the Q/DQ pairs: it shows the arithmetic
-        "insert_int8", True, "typed", ("--int8",), "INT8", Element(1, 1, 4, 4), "INT8", "FP32",
+        "insert_int8", True, 7.5, "typed", ("--int8",), "INT8", Element(1, 1, 4, 4), "INT8", "FP32",
         INT8_TARGET, INT8_GATE, "-.", "D", True,
     ),
     "BEST": Precision(  # FP16 around them: the one to deploy
-        "insert_int8_fp16", True, "typed", ("--best",), "INT8", Element(1, 1, 2, 2), "INT8", "FP16",
+        "insert_int8_fp16", True, 7.5, "typed", ("--best",), "INT8", Element(1, 1, 2, 2), "INT8", "FP16",
         INT8_TARGET, INT8_GATE, ":", "v", True,
+    ),
+    "FP8": Precision(  # E4M3; FP16 around the Q/DQ pairs; made where it is asked for
+        "insert_fp8_fp16", False, 8.9, "typed", (), "FP8", Element(1, 1, 2, 2), "FP8", "FP16",
+        INT8_TARGET, INT8_GATE, (0, (5, 1, 1, 1)), "*", False,
     ),
 }  # fmt: skip
 SERVED = tuple(name for name, row in PRECISIONS.items() if row.served)
+FURTHER = tuple(name for name, row in PRECISIONS.items() if row.plan_has and not row.served)  # asked for: --precisions
 CPU_PRECISIONS = (*SERVED, "BF16")  # of a service on a CPU
 REFERENCE = "ONNX"
 REFERENCE_LINE, REFERENCE_MARKER = (0, (5, 1)), "o"
@@ -92,10 +98,10 @@ PRECISION_HINT, HINT_BF16 = "INFERENCE_PRECISION_HINT", "HINT_BF16"
 Model = namedtuple("Model", "name engine precision")
 # key in results and suffix of the ensemble's outputs -> the served model
 MODELS = {REFERENCE: Model("model_ONNX", "onnxruntime", "FP32")}
-MODELS |= {f"TRT_{p}": Model(f"model_TRT_{p}", "tensorrt", p) for p in SERVED}
-EMBEDDERS = {key: model.name for key, model in MODELS.items()}
+MODELS |= {f"TRT_{p}": Model(f"model_TRT_{p}", "tensorrt", p) for p in (*SERVED, *FURTHER)}
+EMBEDDERS = {key: model.name for key, model in MODELS.items() if model.precision in SERVED}  # the task's five
 TORCH = "TORCH"  # key of the checkpoint as a TorchScript, beside the graphs of a service
-NAMES = EMBEDDERS | {TORCH: "model_TORCH"}
+NAMES = {key: model.name for key, model in MODELS.items()} | {TORCH: "model_TORCH"}
 
 
 def model_key(precision):

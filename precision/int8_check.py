@@ -50,8 +50,11 @@ def check_dequantized(path, index, node):
             )
 
 
-def check_quantization(path, graph, asked):
-    """Exit unless Q/DQ is what TensorRT takes: signed, symmetric, per channel, and on the MatMuls asked for."""
+def check_quantization(path, graph, asked, kind=onnx.TensorProto.INT8):
+    """Exit unless Q/DQ is what TensorRT takes: signed, symmetric, per channel, and on the MatMuls asked for.
+
+    kind: the type of the quantized tensors.
+    """
     index = GraphIndex(graph)
     for node in index.nodes:
         if node.op_type == "Constant" and node.attribute[0].name == "value":
@@ -60,9 +63,9 @@ def check_quantization(path, graph, asked):
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
             continue
         zero = index.constants.get(node.input[2]) if len(node.input) > 2 else None  # without one: unsigned
-        if zero is None or zero.data_type != onnx.TensorProto.INT8 or numpy_helper.to_array(zero).any():
+        if zero is None or zero.data_type != kind or numpy_helper.to_array(zero).astype(float).any():
             raise SystemExit(
-                f"{path}: expected signed INT8 with zero point 0 at {node.name}, found another or none; TensorRT refuses it"
+                f"{path}: expected signed {onnx.TensorProto.DataType.Name(kind)} with zero point 0 at {node.name}, found another or none; TensorRT refuses it"
             )
         if node.op_type == "DequantizeLinear":
             check_dequantized(path, index, node)

@@ -2,7 +2,8 @@
 
 A *recipe* says how the MatMuls that read one tensor are computed in INT8: {"offsets",
 "factors": float32 [in], "scale": step of the activations, "weights": {node name: (int8
-[in, out], float32 steps [out])}, "mean_errors": {node name: float32 [out]}}. Activations are
+[in, out], float32 steps [out])}, "mean_errors": {node name: float32 [out]}}. Weights in FP8
+instead of INT8 make a graph in FP8. Activations are
 (x - offsets) / factors, weights are multiplied by the factors: both then have small ranges
 (SmoothQuant, Outlier Suppression+). What the offsets and the rounding change in the mean of
 an output, `mean_errors`, is taken off its bias.
@@ -199,11 +200,11 @@ def affine_nodes(surgeon, tensor, source, target, factors, offsets, name):
     ]
 
 
-def quantize_activation(surgeon, tensor, source, scale):
-    """Q/DQ of one tensor; returns the two nodes and the name of their output."""
+def quantize_activation(surgeon, tensor, source, scale, dtype):
+    """Q/DQ of one tensor to the type of its weights; returns the two nodes and the name of their output."""
     scale = surgeon.constant(f"{tensor}_scale", np.float32(scale))
-    zero = surgeon.constant("int8_zero", np.int8(0))
-    quantized, dequantized = f"{tensor}_int8", f"{tensor}_dequantized"
+    zero = surgeon.constant(f"{dtype.name}_zero", np.zeros((), dtype))
+    quantized, dequantized = f"{tensor}_{dtype.name}", f"{tensor}_dequantized"
     names = [f"{tensor}/QuantizeLinear", f"{tensor}/DequantizeLinear"]
     nodes = [
         helper.make_node("QuantizeLinear", [source, scale, zero], [quantized], name=names[0]),
@@ -236,7 +237,8 @@ def insert_int8(reference, recipes, chosen):
         elif place == "mul":
             source = f"{tensor}_smooth"
             nodes = affine_nodes(surgeon, tensor, tensor, source, 1 / factors, -offsets / factors, "smooth")
-        pair, dequantized = quantize_activation(surgeon, tensor, source, recipes[tensor]["scale"])
+        dtype = recipes[tensor]["weights"][names[0]][0].dtype
+        pair, dequantized = quantize_activation(surgeon, tensor, source, recipes[tensor]["scale"], dtype)
         first = next(node for node in index.nodes if node in readers)
         surgeon.before.setdefault(first.name, []).extend(nodes + pair)
         for node in readers:
@@ -258,9 +260,9 @@ def insert_weight(surgeon, name, recipe, divided):
     weight, scale = recipe["weights"][name]
     axis, factors = 0 if transposed(node) else 1, 1 if divided is None else divided[1]
     tensors = [
-        surgeon.constant(f"{name}/weight_int8", weight.T if axis == 0 else weight),
+        surgeon.constant(f"{name}/weight_{weight.dtype.name}", weight.T if axis == 0 else weight),
         surgeon.constant(f"{name}/weight_scale", (scale / factors).astype(np.float32)),
-        surgeon.constant(f"{name}/weight_zero", np.zeros(len(scale), dtype=np.int8)),
+        surgeon.constant(f"{name}/weight_zero", np.zeros(len(scale), dtype=weight.dtype)),
     ]
     output = f"{name}/weight_dequantized"
     dequantize = helper.make_node("DequantizeLinear", tensors, [output], name=f"{name}/weight/Dequantize", axis=axis)

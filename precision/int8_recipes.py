@@ -5,7 +5,9 @@ Sources: SmoothQuant, Xiao et al. 2023 (arXiv:2211.10438): factors; Outlier Supp
 """
 
 import hashlib
+from collections import namedtuple
 
+import ml_dtypes
 import numpy as np
 import onnx
 from tqdm import tqdm
@@ -15,7 +17,9 @@ from core.repository import weight_matmuls
 from core.tables import ATTENTION_MASK, INPUT_IDS, MAX_BATCH_SIZE
 from precision.int8_graph import GraphIndex, bias_add, flops_share, matmul_groups, matmul_weights
 
-INT8_MAX = 127  # symmetric: -128 is not used
+Form = namedtuple("Form", "largest dtype")  # numbers of eight bits
+INT8 = Form(127, np.dtype(np.int8))  # symmetric: -128 is not used
+FP8 = Form(448, np.dtype(ml_dtypes.float8_e4m3fn))
 ALPHAS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # 0: no factors; 1: activations of equal range, weights take it all
 CLIPS = (1.0, 1.1, 0.95, 0.9, 0.85, 0.8, 0.7)  # range over the largest calibrated value
 MAX_RANGE_TOKENS = 8192  # calibrated per tensor; bounds memory
@@ -59,9 +63,10 @@ def capture_activations(reference, tensors, encoded, seed):
 # --- the recipe of one tensor --------------------------------------------------------
 
 
-def round_values(values, scale):
-    """Nearest multiples of `scale` that INT8 can hold."""
-    return np.clip(np.rint(values / scale), -INT8_MAX, INT8_MAX) * scale
+def round_values(values, scale, form=INT8):
+    """Nearest values, in units of `scale`, that a form can hold; in FP32."""
+    values = np.clip(values / scale, -form.largest, form.largest)
+    return (np.rint(values) if form is INT8 else values.astype(form.dtype).astype(np.float32)) * scale
 
 
 def smoothing_factors(activations, weight, alpha):
@@ -77,24 +82,24 @@ def smoothing_factors(activations, weight, alpha):
 class Candidate:
     """One way to compute the MatMuls behind a tensor: offsets, alpha, clip."""
 
-    def __init__(self, activations, weight, use_offsets, alpha):
+    def __init__(self, activations, weight, use_offsets, alpha, form=INT8):
         low, high = activations.min(axis=0), activations.max(axis=0)
-        self.use_offsets, self.alpha, self.clip = use_offsets, alpha, 1.0
+        self.use_offsets, self.alpha, self.clip, self.form = use_offsets, alpha, 1.0, form
         self.offsets = (low + high) / 2 * np.float32(use_offsets)
         self.factors = smoothing_factors(activations - self.offsets, weight, alpha)
         self.largest = float(np.abs(self.smooth(activations)).max())
         self.weight = weight * self.factors[:, None]
-        self.weight_scale = np.maximum(np.abs(self.weight).max(axis=0), SMALLEST) / INT8_MAX  # per output channel
-        self.rounded = round_values(self.weight, self.weight_scale)
+        self.weight_scale = np.maximum(np.abs(self.weight).max(axis=0), SMALLEST) / form.largest  # per output channel
+        self.rounded = round_values(self.weight, self.weight_scale, form)
 
     def smooth(self, activations):
         return (activations - self.offsets) / self.factors
 
     def scale(self):
-        return np.float32(max(self.largest * self.clip, SMALLEST) / INT8_MAX)
+        return np.float32(max(self.largest * self.clip, SMALLEST) / self.form.largest)
 
     def outputs(self, activations):
-        return round_values(self.smooth(activations), self.scale()) @ self.rounded
+        return round_values(self.smooth(activations), self.scale(), self.form) @ self.rounded
 
     def error(self, activations, expected, weight):
         """Mean squared error of the outputs after bias correction, each over its MatMul's own power."""
@@ -103,7 +108,7 @@ class Candidate:
         return float((np.square(difference).mean(axis=0) * weight).sum())
 
 
-def find_recipe(activations, held_out, weights, biased):
+def find_recipe(activations, held_out, weights, biased, form=INT8):
     """The candidate with the least error on tokens that set no range; alpha first, then the range.
 
     activations, held_out: float32 [tokens, in]; weights: {node name: [in, out]}; biased:
@@ -114,9 +119,9 @@ def find_recipe(activations, held_out, weights, biased):
     expected = np.concatenate(outputs, axis=1)
     power = np.concatenate([np.full(o.shape[1], 1 / np.square(o).sum()) for o in outputs])
     best, least = None, np.inf
-    for use_offsets in (False, True) if biased else (False,):
+    for use_offsets in (False, True) if biased and form is INT8 else (False,):  # FP8 is as fine around any value
         for alpha in ALPHAS:
-            candidate = Candidate(activations, weight, use_offsets, alpha)
+            candidate = Candidate(activations, weight, use_offsets, alpha, form)
             error = candidate.error(held_out, expected, power)
             if error < least:
                 best, least = candidate, error
@@ -141,7 +146,8 @@ def write_recipe(candidate, activations, weights):
     for name, own in weights.items():
         columns = slice(start, start + own.shape[1])
         scale = candidate.weight_scale[columns]
-        values = np.rint(candidate.rounded[:, columns] / scale).astype(np.int8)
+        values = candidate.rounded[:, columns] / scale  # on the form's grid but for the division
+        values = (np.rint(values) if candidate.form is INT8 else values).astype(candidate.form.dtype)
         recipe["weights"][name] = (values, scale)
         recipe["mean_errors"][name] = errors[columns]
         start = columns.stop
@@ -155,7 +161,7 @@ def candidate_matmuls(reference, recipes=None):
     return [name for name in shapes if name in names and flops_share([name], shapes) >= NEGLIGIBLE_SHARE]
 
 
-def find_recipes(reference, calibration, held_out, seed):
+def find_recipes(reference, calibration, held_out, seed, form=INT8):
     """{tensor: recipe} of every tensor that weight MatMuls worth quantizing read."""
     weights, nodes = matmul_weights(reference), {n.name: n for n in reference.graph.node}
     index, candidates = GraphIndex(reference), candidate_matmuls(reference)
@@ -167,7 +173,7 @@ def find_recipes(reference, calibration, held_out, seed):
     for tensor in tqdm(list(ranges), desc="ranges", unit="tensor", mininterval=1):
         own = {name: weights[name] for name in groups[tensor]}
         biased = all(bias_add(index, nodes[name]) is not None for name in own)
-        recipes[tensor] = find_recipe(ranges.pop(tensor), held_out.pop(tensor)[:MAX_ERROR_TOKENS], own, biased)
+        recipes[tensor] = find_recipe(ranges.pop(tensor), held_out.pop(tensor)[:MAX_ERROR_TOKENS], own, biased, form)
     return recipes
 
 

@@ -77,9 +77,9 @@ def curve_sets(order, shapes, min_share):
 class Search:
     """The measurements of one search: they share reference, texts and deadline."""
 
-    def __init__(self, reference, recipes, selection, task, deadline):
+    def __init__(self, reference, recipes, selection, task, deadline, precisions=SEARCHED):
         self.reference, self.recipes, self.selection, self.deadline = reference, recipes, selection, deadline
-        self.shapes, self.task = weight_matmuls(reference), task
+        self.shapes, self.task, self.precisions = weight_matmuls(reference), task, precisions
         self.expected = run_graph(reference, selection, task)
 
     def out_of_time(self):
@@ -93,7 +93,7 @@ class Search:
     def graphs(self, names):
         """Quality of the graphs that would be written with these MatMuls in INT8."""
         learnt = Learnt(recipes=self.recipes, chosen=set(names))
-        return {p: self.measure(make_graph(p, self.reference, learnt)) for p in SEARCHED}
+        return {p: self.measure(make_graph(p, self.reference, learnt)) for p in self.precisions}
 
     def measure(self, graph):
         return measure(graph, self.expected, self.selection, self.task)
@@ -136,14 +136,14 @@ def choose(curve, target, min_share, measure_graphs):
     return None, tried
 
 
-def search_int8(reference, recipes, selection, task, target, min_share, deadline):
+def search_int8(reference, recipes, selection, task, target, min_share, deadline, precisions=SEARCHED):
     """Steps 2 and 3: which MatMuls are in INT8, and what was measured on the way.
 
     All in INT8 are measured in any case; what the deadline leaves no time for has null as its numbers. Returns (names
     in INT8 or None, {"int8_flops_share", "reached", "tried", "matmuls": rows, "curve": points, "time_was_over"}).
     """
     names = candidate_matmuls(reference, recipes)
-    search = Search(reference, recipes, selection, task, deadline)
+    search = Search(reference, recipes, selection, task, deadline, precisions)
     everything = search.point(names)  # first of all: it may be the answer, and is one if time runs out
     rows = search.sensitivity(names)
     curve = search.curve(most_harmful_first(rows), min_share, everything)
@@ -156,7 +156,7 @@ def search_int8(reference, recipes, selection, task, target, min_share, deadline
         rows.append(left_out(name, search.shapes))
     return (set(chosen) if chosen else None), {
         "int8_flops_share": tried[-1]["int8_flops_share"] if chosen else None,
-        "reached": {p: tried[-1][p] for p in SEARCHED} if chosen else None,
+        "reached": {p: tried[-1][p] for p in precisions} if chosen else None,
         "tried": tried,
         "matmuls": rows,
         "curve": [point for _, point in curve],
@@ -188,11 +188,11 @@ def left_out(name, shapes):
 # --- a target that is missed ---------------------------------------------------------
 
 
-def closest(found, min_share):
+def closest(found, min_share, precisions=SEARCHED):
     """(share, {precision: quality}) of what came closest to a missed target."""
-    rows = [(t["int8_flops_share"], {p: t[p] for p in SEARCHED}) for t in found["tried"]]
+    rows = [(t["int8_flops_share"], {p: t[p] for p in precisions}) for t in found["tried"]]
     if not rows:  # no point of the curve was good enough to make BEST of it
-        rows = [(p["int8_flops_share"], {"INT8": p}) for p in found["curve"]]
+        rows = [(p["int8_flops_share"], {precisions[0]: p}) for p in found["curve"]]
         rows = [row for row in rows if row[0] >= min_share] or rows
 
     def worst_cosine(row):
@@ -201,9 +201,9 @@ def closest(found, min_share):
     return max(rows, key=worst_cosine)
 
 
-def missed_target(found, target, min_share, max_minutes):
+def missed_target(found, target, min_share, max_minutes, precisions=SEARCHED):
     """What was reached, in one line, where it is less than the target, and which option asks for less."""
-    share, qualities = closest(found, min_share)
+    share, qualities = closest(found, min_share, precisions)
     finite = [q for q in qualities.values() if q["mean_cosine"] is not None]
     missed = {}
     if len(finite) < len(qualities) or min(q["mean_cosine"] for q in finite) < target["mean_cosine"]:
@@ -217,8 +217,8 @@ def missed_target(found, target, min_share, max_minutes):
     remedies = [f"{verb} {option}" for option, verb in missed.items()] + ["lower --min-int8-share"]
     return (
         f"{', '.join(missed) or '--min-int8-share'}: expected mean cosine {target['mean_cosine']:.12g} and relative L2 error "
-        f"{target['relative_l2_error']:.12g} with at least {min_share:.0%} of the FLOPs in INT8, "
+        f"{target['relative_l2_error']:.12g} with at least {min_share:.0%} of the FLOPs in {precisions[0]}, "
         f"found at best {said} with {share:.0%}"
         f"{' in ' + format(max_minutes, 'g') + ' minutes' if found['time_was_over'] else ''}; "
-        f"INT8 and BEST are left as they were; {' or '.join(remedies)}, or give more minutes or texts"
+        f"{' and '.join(precisions)} left as before; {' or '.join(remedies)}, or give more minutes or texts"
     )

@@ -88,7 +88,7 @@ def lower(reference, samples, low_precision):
 
 
 def insert_int8(reference, learnt):
-    """INT8: Q/DQ at the chosen MatMuls, FP32 around them."""
+    """INT8: Q/DQ at the chosen MatMuls, FP32 around them; FP8 where the recipes are in FP8."""
     return insert_pairs(reference, learnt.recipes, learnt.chosen)
 
 
@@ -97,6 +97,11 @@ def insert_int8_fp16(reference, learnt):
     with quiet_modelopt() as autocast:
         graph = autocast.convert.convert_to_f16(insert_int8(reference, learnt), keep_io_types=True)
     return rebuild(graph, graph.graph.node, graph.graph.initializer)
+
+
+def insert_fp8_fp16(reference, learnt):
+    """FP8: the same with recipes in FP8."""
+    return insert_int8_fp16(reference, learnt)
 
 
 # --- TF32 ----------------------------------------------------------------------------
@@ -136,5 +141,13 @@ def emulate_tf32(reference, learnt=None):
 
 MAKERS = {
     maker.__name__: maker
-    for maker in (link_reference, emulate_tf32, convert_fp16, convert_bf16, insert_int8, insert_int8_fp16)
+    for maker in (
+        link_reference,
+        emulate_tf32,
+        convert_fp16,
+        convert_bf16,
+        insert_int8,
+        insert_int8_fp16,
+        insert_fp8_fp16,
+    )
 }

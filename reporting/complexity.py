@@ -6,6 +6,7 @@ from itertools import product
 from core.tables import PRECISIONS, model_key
 from reporting.markdown import NOT_MEASURED, caption, listing, number, on_gpu, table
 from reporting.speed import levels
+from reporting.thresholds import predicted
 
 BATCHES = ("1", "8")  # keys of complexity.json
 SHOWN = tuple(product(("FP32", "FP16"), BATCHES))  # what the table of intensities shows
@@ -38,6 +39,7 @@ def details(model):
     record = model["complexity"]
     lead = "Each kind of layer; several names in one row have the same figures each:"
     parts = [counters_line(record), lead, kinds_table(record)]
+    parts += predicted(record)
     return parts + (measured_parts(record["measured"]) if record["measured"] else [])
 
 

@@ -8,13 +8,14 @@ from reporting.speed import levels, noise_factor, noise_line, padding_line, tail
 from reporting.verdicts import deployable
 
 HUBS = {"hub": "the Hugging Face hub", "clearml": "ClearML", "wandb": "Weights & Biases", "mlflow": "MLflow"}
-KINDS = ("quality", "perf", "plans", "compile", "complexity", "sensitivity", "sts", "verdicts")
-KINDS += ("peers", "choice", "length", "limits", "generation", "soak", "recovery", "failover", "engines")
+SHOWN = ("quality", "perf", "plans", "compile", "complexity", "sensitivity", "sts", "verdicts")
+SHOWN += ("peers", "choice", "length", "limits", "generation", "soak", "recovery", "failover", "engines")
+KINDS = (*SHOWN, "surface", "precisions")  # computed or emulated: they tell no machine's worth
 
 
 def rank(model):
     """Which measurements of a model tell most: those on a GPU, then the most, then the newest."""
-    dates = [model[kind]["environment"]["utc"] for kind in KINDS if model[kind]]
+    dates = [model[kind]["environment"]["utc"] for kind in SHOWN if model[kind]]
     return bool(model["perf"] and md.on_gpu(model["perf"])), len(dates), max(dates)
 
 
@@ -58,7 +59,7 @@ def record_line(model):
 
 def executed(models):
     """What the authors executed, and what they never did, as far as the records say."""
-    records = [model[kind] for model in models for kind in KINDS if model[kind]]
+    records = [model[kind] for model in models for kind in SHOWN if model[kind]]
     servers = [r["server"] for r in records if r.get("server")]
     engines = sorted({e for s in servers for e in s.get("engines", {}).values()})
     versions = sorted({s["version"] for s in servers})

@@ -190,11 +190,31 @@ def draw_length(model):
     return figure
 
 
+def draw_surface(model):
+    """Share of the peak that the whole model can reach over length and batch, a panel for each of up to three precisions."""
+    record = model["surface"]
+    names = [p for p in ("FP16", "BEST", "FP8") if p in record["share"]] or list(record["share"])[:1]
+    figure, panels = plt.subplots(1, len(names), figsize=(1.5 + 4 * len(names), 4.2), squeeze=False)
+    for axes, name in zip(panels[0], names, strict=True):
+        share = 100 * np.array(record["share"][name])
+        image = axes.imshow(share, origin="lower", aspect="auto", cmap="Greys", vmin=0, vmax=100)
+        for (row, column), value in np.ndenumerate(share):
+            axes.text(column, row, f"{value:.0f}", ha="center", va="center", color="white" if value > 50 else "black")
+        axes.set_xticks(range(len(record["lengths"])), record["lengths"])
+        axes.set_yticks(range(len(record["batches"])), record["batches"])
+        axes.grid(False)
+        axes.set(xlabel="tokens of a text", ylabel="batch", title=name)
+    figure.colorbar(image, ax=panels[0], label="% of the tensor cores' peak, at most")
+    figure.suptitle(f"{model['title']}: computed for {record['gpu']['name']}, with tiles and waves")
+    return figure
+
+
 # kind of measurement -> (how its picture is drawn, the file its data is in)
 PICTURES = {
     "quality": (draw_deviations, "quality.csv"),
     "perf": (draw_performance, "perf.json"),
     "complexity": (draw_roofline, "complexity.json"),
+    "surface": (draw_surface, "surface.json"),
     "sensitivity": (draw_sensitivity, "sensitivity.json"),
     "peers": (draw_peers, "peers.json"),
     "length": (draw_length, "length.json"),

@@ -11,6 +11,7 @@ from reporting import (
     speed,
     survived,
     targets,
+    thresholds,
     verdicts,
 )
 from reporting.markdown import DETAILS, NOT_MEASURED, listing, relative
@@ -79,6 +80,8 @@ def details(model):
         ("length", "Cost over length", length.details),
         ("soak", "What it survived", survived.details),
         ("complexity", "Complexity", lambda m: complexity.summary(m) + complexity.details(m)),
+        ("complexity", "Measured on a GPU", thresholds.measured),
+        ("precisions", "Every precision", thresholds.precisions),
         ("sensitivity", "Search for INT8", quality.search),
     )
     parts = [

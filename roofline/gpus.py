@@ -16,7 +16,7 @@ PEAKS = tuple(dict.fromkeys(row.peak for row in PRECISIONS.values()))  # FP32 is
 
 
 def read_hardware(path=HARDWARE):
-    """{name: gpu} of assets/hardware.csv; a gpu is {"name", "pattern", "peak_flops", "bandwidth", "l2_bytes", "source"}."""
+    """{name: gpu} of assets/hardware.csv; a gpu is {"name", "pattern", "peak_flops", "bandwidth", "l2_bytes", "sms", "source"}."""
     gpus = {}
     with open(path, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
@@ -27,6 +27,7 @@ def read_hardware(path=HARDWARE):
                 "peak_flops": {p: float(v) * 1e12 if v else None for p, v in peaks.items()},
                 "bandwidth": float(row["bandwidth_gb_s"]) * 1e9,
                 "l2_bytes": float(row["l2_mb"]) * 1e6,
+                "sms": int(row["sms"]),
                 "source": row["source"],
             }
     return gpus
@@ -50,6 +51,26 @@ def find_gpu(name, gpus):
         f"--gpu: expected a GPU of {HARDWARE.name}, found {name}; near it: {', '.join(near or gpus)}; "
         "their peaks: --list-gpus; one of your own: --peak-tflops, --bandwidth-gb-s"
     )
+
+
+def precisions_of(gpu):
+    """Those that a GPU has a peak for in its Linears."""
+    return [p for p, row in PRECISIONS.items() if gpu["peak_flops"].get(row.peak)]
+
+
+def having(precision):
+    """Names of the GPUs of the table that have what multiplies in a precision's Linears."""
+    return [name for name, gpu in read_hardware().items() if precision in precisions_of(gpu)]
+
+
+def check_precisions(asked, gpu):
+    """Exit where the GPU has no tensor cores for a precision that is asked for, with the GPUs that have."""
+    for precision in asked:
+        if precision not in precisions_of(gpu):
+            raise SystemExit(
+                f"--precisions {precision}: expected a GPU that has it, found {gpu['name']}; take --gpu with one of "
+                f"{', '.join(having(precision))}"
+            )
 
 
 def plain(name):
@@ -80,6 +101,7 @@ def own_gpu(peaks, bandwidth_gb_s, name):
         "peak_flops": found,
         "bandwidth": bandwidth_gb_s * 1e9,
         "l2_bytes": None,
+        "sms": None,
         "source": "--peak-tflops, --bandwidth-gb-s",
     }
 

@@ -9,7 +9,9 @@ from core.record import environment_record, results_folder
 from core.tables import PRECISIONS, SERVED
 from roofline import model as roofline
 from roofline.counts import compare_counts, compare_elementwise, count_closed_form, count_fvcore, count_torch
+from roofline.gpus import precisions_of, read_hardware
 from roofline.layers import UnknownLayer, by_kind, list_layers
+from roofline.waves import TILE, describe_gpus, describe_groups, describe_surface
 
 BATCHES = (1, 8)
 CONVENTION = "1 multiply-add = 2 FLOPs"
@@ -84,13 +86,19 @@ def count_complexity(embedder, card, gpu):
         "practical_batch": roofline.PRACTICAL_BATCH,
         "kinds": [describe_kind(layer, length, gpu, total) for layer in kinds],
         "least_latency_s": {p: {b: least_latencies(kinds, b, length, p, gpu) for b in BATCHES} for p in PRECISIONS},
+        "tile": TILE,
+        "groups": describe_groups(kinds, length, gpu, precisions_of(gpu)),
+        "roof_batches": describe_gpus(kinds, length, read_hardware().values(), PRECISIONS),
         "measured": None,
         "layers": layers,
     }
 
 
 def write_complexity(record, results):
-    """complexity.json, and complexity.csv with a row per layer. An earlier measurement of the same layers is kept."""
+    """complexity.json, surface.json, and complexity.csv with a row per layer.
+
+    An earlier measurement of the same layers is kept.
+    """
     folder = results_folder(results, record["model"])
     path = folder / "complexity.json"
     if record["measured"] is None and path.exists():
@@ -98,6 +106,9 @@ def write_complexity(record, results):
         if (earlier.get("layers"), earlier.get("length")) == (record["layers"], record["length"]):
             record["measured"] = earlier["measured"]
     write_layers(record, folder / "complexity.csv")
+    surface = {key: record[key] for key in ("model", "environment", "gpu")}
+    surface |= describe_surface(by_kind(record["layers"]), record["gpu"], precisions_of(record["gpu"]))
+    write_json(folder / "surface.json", surface)
     write_json(path, record)
     return path
 

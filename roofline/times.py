@@ -209,12 +209,16 @@ def bound_of(times):
     return "memory" if times["move_s"] >= times["memory_s"] / 2 else "arithmetic"
 
 
-def measure_layers(embedder, kinds, length, min_run_time_s):
+def measure_layers(embedder, kinds, length, min_run_time_s, device=None):
     """Times of every kind of layer at batch 1 and 8 and of the whole model, beside the roofline of this machine.
 
-    embedder: the model in FP32; kinds: layers.by_kind. It runs on CUDA where torch finds a GPU, else on the CPU.
+    embedder: the model in FP32; kinds: layers.by_kind. device None: CUDA where torch finds a GPU, else the CPU.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(
+            "--device cuda: expected a GPU that torch can use, found none; take --device cpu, or leave it out"
+        )
     with torch.inference_mode():
         peak, bandwidth = measure_ridge(kinds, length, device, min_run_time_s)
         machine = {"peak_flops": {PRECISION: peak}, "bandwidth": bandwidth}

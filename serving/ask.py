@@ -13,7 +13,7 @@ import tarfile
 from pathlib import Path
 
 from core.files import read_json, sha256
-from core.tables import EMBEDDERS, IMAGE, PINNED_TENSORRT, PRECISIONS, REFERENCE, SERVED, model_key
+from core.tables import FURTHER, IMAGE, MODELS, PINNED_TENSORRT, PRECISIONS, REFERENCE, SERVED, model_key
 from tasks.table import ALIASES, GENERATION, TASKS, served_precisions
 
 
@@ -24,7 +24,7 @@ def how_built(precision, major, typed=False, plain=False):
     flags of INT8 and BEST on the reference graph.
     """
     row = PRECISIONS[precision]
-    if typed or major >= 11:
+    if typed or major >= 11 or not row.served:
         return model_key(precision), ("--stronglyTyped",) if major == 10 else (), "typed"
     reference = plain or row.trt10_graph == "reference"
     return REFERENCE if reference else model_key(precision), row.trt10_flags, "flags"
@@ -33,8 +33,8 @@ def how_built(precision, major, typed=False, plain=False):
 def build_line(args):
     """built_as, the graph and the plan's folder as they lie in a repository, then the flags."""
     key, flags, built_as = how_built(args.precision, args.major, args.typed, args.plain)
-    folder = f"{EMBEDDERS[model_key(args.precision)]}/1"
-    return " ".join((built_as, f"{EMBEDDERS[key]}/1/model.onnx", folder, *flags))
+    folder = f"{MODELS[model_key(args.precision)].name}/1"
+    return " ".join((built_as, f"{MODELS[key].name}/1/model.onnx", folder, *flags))
 
 
 def mount_option(args):
@@ -54,7 +54,7 @@ def read_source(args):
         return " ".join(("package", *read_package(path)))
     from core.repository import RECORD, read_card  # it imports onnx
 
-    if not (path / RECORD).is_file() and not (path / EMBEDDERS[REFERENCE]).is_dir():
+    if not (path / RECORD).is_file() and not (path / MODELS[REFERENCE].name).is_dir():
         name = re.sub(r"[^A-Za-z0-9.]", "-", re.split("[/:]", str(path))[-1])
         return f"checkpoint {REFERENCE} {name}"
     card = read_card(path)
@@ -98,19 +98,20 @@ def check_manifest(args):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(
-        required=True, metavar="image | tensorrt | precisions | models | build | mount | source | manifest"
+        required=True, metavar="image | tensorrt | precisions | further | models | build | mount | source | manifest"
     )
     for name, answer in (
         ("image", IMAGE),
         ("tensorrt", PINNED_TENSORRT),
         ("precisions", " ".join(SERVED)),
+        ("further", " ".join(FURTHER)),
     ):
         commands.add_parser(name).set_defaults(run=lambda _, answer=answer: answer)
     models = commands.add_parser("models", help="what a service of a task may be served in")
     models.add_argument("task", choices=(*TASKS, *GENERATION, *ALIASES))
     models.set_defaults(run=lambda args: " ".join(served_precisions(args.task)))
     build = commands.add_parser("build", help="how trtexec makes a plan: built_as, graph, folder, flags")
-    build.add_argument("--precision", choices=SERVED, required=True)
+    build.add_argument("--precision", choices=(*SERVED, *FURTHER), required=True)
     build.add_argument("--major", type=int, required=True, help="TensorRT's major version")
     build.add_argument("--typed", action="store_true")
     build.add_argument("--plain", action="store_true")

@@ -19,11 +19,18 @@ from pathlib import Path
 from core.files import REPOSITORY, RESULTS, read_json, replace_when_done, sha256, write_json
 from core.record import environment_record, gpu_record, results_folder
 from core.repository import check_made_from, graph_path, graph_properties, read_card, read_graph, weight_matmuls
-from core.tables import OPT_BATCH_SIZE, OPT_LENGTH, PRECISIONS, REFERENCE, SERVED, model_key
+from core.tables import FURTHER, OPT_BATCH_SIZE, OPT_LENGTH, PRECISIONS, REFERENCE, SERVED, model_key
+from roofline.gpus import having
 from serving.plans import REMEDY, plan_path, shapes
 
 # "Format/Datatype" of a layer's tensors: Half, Float, "Row major linear FP32", "Row major Int8 format"
-DATA_TYPES = (("INT8", r"int8"), ("BF16", r"bf16|bfloat16"), ("FP16", r"fp16|half"), ("FP32", r"fp32|float"))
+DATA_TYPES = (
+    ("FP8", r"fp8|float8|e4m3"),
+    ("INT8", r"int8"),
+    ("BF16", r"bf16|bfloat16"),
+    ("FP16", r"fp16|half"),
+    ("FP32", r"fp32|float"),
+)
 IN_LOG = {
     "tensorrt_version": r"TensorRT version: ([\d.]+)",
     "gpu": r"Selected Device: (.+)",
@@ -36,9 +43,9 @@ IN_CONTAINER = re.compile(r"/(models|cache|usr/src/tensorrt)(/|$)")  # the same 
 
 
 def layer_precision(layer):
-    """INT8, BF16, FP16, FP32 or "other": the narrowest type among a layer's inputs.
+    """FP8, INT8, BF16, FP16, FP32 or "other": the narrowest type among a layer's inputs.
 
-    A GEMM that reads Int8 multiplies in Int8; shape and mask arithmetic is "other".
+    A GEMM that reads Int8 multiplies in Int8, one that reads FP8 in FP8; shape and mask arithmetic is "other".
     """
     types = " ".join(str(t.get("Format/Datatype", "")) for t in layer.get("Inputs", [])).lower()
     return next((name for name, pattern in DATA_TYPES if re.search(pattern, types)), "other")
@@ -162,8 +169,20 @@ def show_shapes(args):
         print(",".join(f"{name}:{batch}x{length}" for name in card["inputs"]))
 
 
+def check_gpu(precisions, gpu):
+    """Exit where the GPU, of gpu_record, has no tensor cores for a precision that is asked for; None is not compared."""
+    for name in precisions:
+        needed = PRECISIONS[name].capability
+        if name in FURTHER and gpu and float(gpu["compute_capability"]) < needed:
+            raise SystemExit(
+                f"{name}: expected a GPU of compute capability {needed:g} or later ({', '.join(having(name))}), found "
+                f"{gpu['name']} with {gpu['compute_capability']}; build it there, or FP16, INT8 and BEST here"
+            )
+
+
 def check_graphs(args):
-    """Exit unless every typed graph belongs to the present reference, and the disk has room for the plans."""
+    """Exit unless every typed graph belongs to the present reference, this GPU has its arithmetic, and the disk room for the plans."""
+    check_gpu(args.precisions, gpu_record())
     digest, needed = sha256(graph_path(args.repository, REFERENCE)), 0
     for precision in args.precisions:
         path = graph_path(args.repository, model_key(precision))
@@ -179,7 +198,7 @@ def check_graphs(args):
 def summarize(args):
     """Write plans.json: the manifests of the plans there are."""
     card, manifests = read_card(args.repository), {}
-    for precision in SERVED:
+    for precision in (*SERVED, *FURTHER):
         path = plan_path(args.repository, model_key(precision)).with_name("manifest.json")
         if not path.exists():
             continue
@@ -210,9 +229,9 @@ def parse_args():
     new.add_argument("--opt-batch", type=int, help=f"default {OPT_BATCH_SIZE}")
     new.add_argument("--opt-length", type=int, help=f"where the length is dynamic; default {OPT_LENGTH}")
     new = command("graphs", check_graphs, "fail if a typed graph is missing or older than the reference")
-    new.add_argument("precisions", nargs="+", choices=SERVED)
+    new.add_argument("precisions", nargs="+", choices=(*SERVED, *FURTHER))
     new = command("record", record, "prove a plan, write its manifest, move it into place")
-    new.add_argument("--precision", choices=SERVED, required=True)
+    new.add_argument("--precision", choices=(*SERVED, *FURTHER), required=True)
     new.add_argument("--graph", required=True, help="as it lies in the repository")
     for name in ("--plan", "--layers", "--log"):
         new.add_argument(name, type=Path, required=True)

@@ -2,7 +2,7 @@
 
 from tritonclient.grpc import model_config_pb2 as pb
 
-from core.tables import EMBEDDERS, ENGINES, HINT_BF16, MODELS, NAMES, PRECISION_HINT, REFERENCE, TORCH
+from core.tables import ENGINES, HINT_BF16, MODELS, NAMES, PRECISION_HINT, REFERENCE, TORCH
 
 
 def length_of(card):
@@ -19,7 +19,7 @@ def model_config(key, card, max_batch_size, engine, warmup_length):
     """Token tensors -> the graph's outputs; engine is a key of ENGINES."""
     if engine == "openvino":
         return openvino_config(key, card, warmup_length)
-    config = pb.ModelConfig(name=EMBEDDERS[key], platform=ENGINES[engine].platform, max_batch_size=max_batch_size)
+    config = pb.ModelConfig(name=NAMES[key], platform=ENGINES[engine].platform, max_batch_size=max_batch_size)
     for name in card["inputs"]:
         config.input.add(name=name, data_type=pb.TYPE_INT64, dims=[length_of(card)])
     for name, dims in card["outputs"].items():
@@ -53,7 +53,7 @@ def openvino_config(key, card, warmup_length):
 
     With a max_batch_size that backend executes batches of just this size.
     """
-    config = pb.ModelConfig(name=EMBEDDERS[key], backend="openvino", default_model_filename=ENGINES["openvino"].file)
+    config = pb.ModelConfig(name=NAMES[key], backend="openvino", default_model_filename=ENGINES["openvino"].file)
     for name in card["inputs"]:
         config.input.add(name=name, data_type=pb.TYPE_INT64, dims=[-1, length_of(card)])
     for name, dims in card["outputs"].items():

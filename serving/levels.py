@@ -3,9 +3,9 @@
 import shutil
 
 from core.files import read_json, replace_folder_when_done, write_json
-from core.tables import EMBEDDERS
+from core.tables import MODELS
 
-KEYS = (*EMBEDDERS, "tokenizer", "ensemble")
+KEYS = (*MODELS, "tokenizer", "ensemble")
 
 
 def read_earlier(path, record):

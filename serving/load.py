@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from core.repository import present
-from core.tables import EMBEDDERS
+from core.tables import MODELS
 from core.tokens import encode
 from serving.counters import (
     called_models,
@@ -70,7 +70,7 @@ def served_models(repository, card, url, protocol):
     whole = {"ensemble": card["service"]["name"]}
     if one_pass(whole["ensemble"], url, protocol):
         return whole
-    return {key: EMBEDDERS[key] for key in present(repository)} | {"tokenizer": "tokenizer"} | whole
+    return {key: MODELS[key].name for key in present(repository)} | {"tokenizer": "tokenizer"} | whole
 
 
 def write_inputs(card, requests, tokenizer, folder):

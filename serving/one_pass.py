@@ -18,19 +18,21 @@ from pathlib import Path
 from core.arguments import make_parser
 from core.engines import ENGINES, TITLES, has_bf16, why_missing
 from core.files import replace_folder_when_done
-from core.repository import graph_path, present, read_card, tokenizer_path
+from core.repository import choose, graph_path, present, read_card, tokenizer_path
 from core.runner import packed_inputs
 from core.tables import CPU_PRECISIONS, HIDDEN_STATE, ONE_PASS_BATCH_SIZE, PACKED_FILE, PRECISIONS, REFERENCE, model_key
 from core.tokens import load_tokenizer
 from serving import generation
 from serving.check import check_all
 from serving.configs import config_text, service_config
-from serving.repository import choose, write_file, write_service
+from serving.repository import write_file, write_service
 from tasks.table import GENERATION, OWN
 
 
 def why_not(engine, precision):
     """Why this machine cannot serve with an engine and precision, in words; "" where it can."""
+    if precision not in (REFERENCE, *CPU_PRECISIONS):
+        return f"expected {', '.join(CPU_PRECISIONS)} on a CPU, found one of GPUs alone; serve its plan there, or take another"
     if precision != REFERENCE and engine == "onnxruntime" and not PRECISIONS[precision].on_cpu:
         return f"expected an engine that computes in {precision}, found none of ONNX Runtime's kernels; take openvino"
     if precision == "BF16" and not has_bf16():

@@ -22,33 +22,32 @@ from core.arguments import make_parser
 from core.files import ROOT, replace_folder_when_done, replace_when_done, write_json
 from core.onnx_runtime import quantize_from_float32
 from core.repository import (
-    EXPORT,
     HEALTH,
     RECORD,
     answering_key,
     assets_of,
+    check_choice,
     check_name,
     graph_path,
     own_record,
-    present,
     read_card,
     script_path,
     site_packages,
     tokenizer_path,
 )
 from core.tables import (
-    CPU_PRECISIONS,
-    EMBEDDERS,
     ENGINES,
+    FURTHER,
     GRAPH,
     INPUT_IDS,
     MAX_BATCH_SIZE,
     MODELS,
     NAMES,
     PACKED_FILE,
+    PRECISIONS,
     REFERENCE,
+    SERVED,
     TORCH,
-    model_key,
 )
 from core.tokens import encode, load_tokenizer
 from serving import generation
@@ -90,30 +89,6 @@ def copy_folder(source, target):
     """A copy of a folder without compiled Python; what was there is replaced."""
     with replace_folder_when_done(target) as temporary:
         shutil.copytree(source, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
-
-
-def choose(repository, precision):
-    """Key of the model of a precision, whose graph is there."""
-    key = model_key(precision)
-    if key not in MODELS or key not in present(repository):
-        remedy = EXPORT if key == REFERENCE else f"run quantize.py --repository {repository}"
-        path = repository / EMBEDDERS.get(key, f"model_{key}") / "1" / "model.onnx"
-        raise SystemExit(f"{path}: expected the graph of --precision {precision}, found none; {remedy}")
-    return key
-
-
-def check_choice(repository, service):
-    """Exit unless what a service answers through is there."""
-    engine, precision = service.get("engine"), service["precision"]
-    if engine == "pytorch":
-        if precision not in (REFERENCE, "FP32"):
-            raise SystemExit(f"--engine pytorch: expected --precision {REFERENCE}, found {precision}; leave it out")
-        if not script_path(repository).is_file():
-            raise SystemExit(f"{script_path(repository)}: expected a TorchScript, found none; {EXPORT} --torchscript")
-    elif precision == "BF16" and engine != "openvino":
-        raise SystemExit("--precision BF16: expected --engine openvino with it, found none; name it")
-    else:
-        choose(repository, REFERENCE if precision == "BF16" else precision)
 
 
 def write_repository(repository, **service):
@@ -221,6 +196,8 @@ def extract(source, target, precision, engine="onnxruntime", **service):
             copy_plan(source, key, version, card)
         elif key == TORCH:
             shutil.copyfile(script_path(source), version / script_path(source).name)
+        elif not PRECISIONS[MODELS[key].precision].on_cpu:
+            raise SystemExit(f"--precision {precision}: expected --engine tensorrt, no CPU computes it; name it")
         elif engine == "openvino":
             shutil.copyfile(graph_path(source, key), version / "model.onnx")
         else:
@@ -258,7 +235,7 @@ def copy_graph(source, target):
 def parse_args():
     parser = make_parser(__doc__)
     parser.add_argument("--repository", type=Path, required=True)
-    parser.add_argument("--precision", choices=(REFERENCE, *CPU_PRECISIONS), help="default: as before")
+    parser.add_argument("--precision", choices=(REFERENCE, *SERVED, *FURTHER), help="default: as before")
     parser.add_argument("--name", help="of the ensemble (default: as before)")
     parser.add_argument("--max-batch-size", type=int, help="texts in one request (default: as before)")
     parser.add_argument(

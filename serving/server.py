@@ -8,7 +8,7 @@ import tritonclient.grpc
 import tritonclient.http
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-from core.tables import ENGINES, HINT_BF16, NAMES, PRECISION_HINT, TEXT, TORCH
+from core.tables import ENGINES, HINT_BF16, MODELS, NAMES, PRECISION_HINT, PRECISIONS, TEXT, TORCH
 from serving.graph_configs import script_names
 from serving.retry import retry
 
@@ -120,7 +120,8 @@ def executed_by(config):
     if key == "openvino":
         return f"{engine.stand_in}{computed_in(config, ours)}"
     if ours:
-        return engine.stand_in
+        emulated = [model.name for model in MODELS.values() if not PRECISIONS[model.precision].on_cpu]
+        return f"{engine.stand_in}, emulated" if config.get("name") in emulated else engine.stand_in
     kinds = {group.get("kind", "KIND_AUTO").removeprefix("KIND_") for group in config.get("instance_group", [{}])}
     return f"{engine.title}, {'/'.join(sorted(kinds))}"
 

@@ -248,7 +248,7 @@ def test_another_length_in_a_config_is_named(place):
 
 def test_bad_usage_exits_2(place):
     for options in (
-        ("--only", "FP8"),
+        ("--only", "FP4"),
         ("--opt-batch", "9"),
         ("--opt-length", "129"),
         ("--workspace", "much"),

@@ -156,7 +156,9 @@ def test_an_unknown_gpu_is_refused_with_near_names(tmp_path):
 def test_a_gpu_of_ones_own(tiny_options, tmp_path):
     own = ("--peak-tflops", "FP32=10", "FP16=100", "--bandwidth-gb-s", 1000)
     record, _ = count(tmp_path, *tiny_options, *own)
-    assert record["gpu"]["ridge_points"] == {"FP32": 10.0, "TF32": None, "FP16": 100.0, "BF16": None, "INT8": None}
+    assert record["gpu"]["ridge_points"] == {"FP32": 10.0, "FP16": 100.0} | dict.fromkeys(
+        ("TF32", "BF16", "INT8", "FP8")
+    )
     assert record["least_latency_s"]["BEST"]["1"]["apart"] is None
     for words in (("-1", "--bandwidth-gb-s", "5"), ("nan", "--bandwidth-gb-s", "5"), ("5", "--bandwidth-gb-s", "0")):
         done = run_here(complexity, "--peak-tflops", *words)

@@ -27,7 +27,7 @@ from core.metrics import deviations
 from core.record import environment_record, results_folder
 from core.repository import present, read_card, tokenizer_path
 from core.runner import Runner
-from core.tables import MODELS, PRECISIONS, REFERENCE
+from core.tables import EMBEDDERS, MODELS, PRECISIONS, REFERENCE
 from core.tokens import load_tokenizer
 from serving.one_pass import graph_settings, opener, why_not
 from serving.repository import write_repository
@@ -44,7 +44,7 @@ def candidates(repository):
     installed = [engine for engine in ENGINES if not why_missing(engine)]
     for engine in ENGINES.keys() - set(installed):
         print(f"{engine}: not measured: {why_missing(engine)}", file=sys.stderr)
-    precisions = ["FP32", *(MODELS[k].precision for k in present(repository) if k != REFERENCE)]
+    precisions = ["FP32", *(MODELS[k].precision for k in present(repository) if k in EMBEDDERS and k != REFERENCE)]
     precisions += ["BF16"] if has_bf16() else []
     if not has_bf16():
         print("BF16: not measured: this CPU has no instructions for it", file=sys.stderr)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from core.files import sha256, spread
 from core.onnx_runtime import open_session
 from core.repository import engine_of, graph_path, present, script_path, tokenizer_path
-from core.tables import EMBEDDERS, ENGINES, LOGITS, NAMES, REFERENCE, TORCH
+from core.tables import ENGINES, LOGITS, NAMES, REFERENCE, TORCH
 from core.tokens import encode, load_tokenizer
 from serving.server import SERVER_ERRORS, infer, infer_graph, read_config, read_server, text_tensor
 from tasks import heads
@@ -186,7 +186,7 @@ def collect(args, card, texts, keys):
         )
     for key, values in logits.items():
         if not np.isfinite(values).all():
-            raise SystemExit(f"{EMBEDDERS[key]}: expected finite logits, found NaN or infinity; run quantize.py again")
+            raise SystemExit(f"{NAMES[key]}: expected finite logits, found NaN or infinity; run quantize.py again")
     return source, {"torch": reference, **logits}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from core.files import ROOT, read_json, replace_when_done, sha256, write_json
 from core.record import results_folder
 from core.repository import check_name, graph_path
-from core.tables import EMBEDDERS, ENGINES
+from core.tables import ENGINES, NAMES
 from serving.plans import plan_path
 from serving.repository import extract
 
@@ -89,4 +89,4 @@ def package(args, card):
         write_archive(folder, root, output)
     rule = f"{threshold['label']} from {threshold['value']:.4f}" if threshold else "the largest logit"
     size = output.stat().st_size / 1e6
-    print(f"{output}: {name} with {EMBEDDERS[winner]}, LABEL is {rule}, {size:.1f} MB, sha256 {sha256(output)}")
+    print(f"{output}: {name} with {NAMES[winner]}, LABEL is {rule}, {size:.1f} MB, sha256 {sha256(output)}")
