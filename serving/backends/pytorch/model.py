@@ -5,6 +5,7 @@ OUTPUT__0, … in the order of the script's own; of a package ARGS[0], … and R
 parameters INTRA_OP_THREAD_COUNT and DISABLE_OPTIMIZED_EXECUTION.
 """
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -19,6 +20,8 @@ class TritonPythonModel(GraphModel):
     title, file, outside = "PyTorch", "model.pt", "index out of range"
 
     def open(self, path, config, settings):
+        # threads that spin between two operators take the cores from the server; OpenMP reads it as torch is loaded
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         import torch
 
         if threads := int(settings.get("INTRA_OP_THREAD_COUNT", 0)):
