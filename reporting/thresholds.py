@@ -1,5 +1,6 @@
 """Sections beyond the ridge: fused layers, the batch that fills a GPU, length and batch, and what was measured on a GPU."""
 
+from core.tables import PRECISIONS
 from reporting.markdown import NOT_MEASURED, caption, listing, percent, table
 
 
@@ -46,7 +47,7 @@ def groups_table(record):
 
 def gpus_table(record):
     """A row for each GPU of the table."""
-    names = list(dict.fromkeys(p for row in record["roof_batches"].values() for p in row))
+    names = [p for p in PRECISIONS if any(p in row for row in record["roof_batches"].values())]
     return table(
         {"GPU": gpu} | {p: (row[p] or "–") if p in row else "" for p in names}
         for gpu, row in record["roof_batches"].items()
