@@ -181,8 +181,8 @@ def test_quick_measures_no_sensitivity_where_all_in_int8_meet_the_target(exporte
 def test_quick_searches_where_all_in_int8_miss_the_target(monkeypatch, tmp_path):
     deadlines = []
 
-    def search(*arguments):
-        deadlines.append(arguments[-1])
+    def search(reference, recipes, selection, task, target, min_share, deadline, precisions):
+        deadlines.append(deadline)
         return ({"a"} if len(deadlines) == 2 else None), {"time_was_over": False}
 
     monkeypatch.setattr(quantize, "find_recipes", lambda *_: {})
