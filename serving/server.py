@@ -1,5 +1,6 @@
 """The client's side of a running server: connecting, asking, and reading back what executes each model."""
 
+import atexit
 import functools
 from http.client import HTTPException
 
@@ -20,13 +21,15 @@ TIMEOUT_S = 600.0  # a request of many texts may take that long on a CPU
 
 @functools.cache
 def connect(url, protocol, timeout_s=TIMEOUT_S):
-    """(client, its module) for host:port; protocol is http or grpc. Connects once per url.
+    """(client, its module) for host:port; protocol is http or grpc. Connects once per url, until the process ends.
 
     timeout_s bounds every call over HTTP; over gRPC each call takes its own.
     """
     if protocol == "http":
         return tritonclient.http.InferenceServerClient(url, network_timeout=timeout_s), tritonclient.http
-    return tritonclient.grpc.InferenceServerClient(url), tritonclient.grpc
+    client = tritonclient.grpc.InferenceServerClient(url)
+    atexit.register(client.close)  # a channel that is left to the interpreter's end can keep the process from ending
+    return client, tritonclient.grpc
 
 
 def default_url(protocol):
