@@ -173,7 +173,7 @@ wait_ready() {
       tail -n 15 "$state/server.log" >&2
       fail "expected every model ready within $timeout_s s, found the server stopped or not ready; see the lines above"
     fi
-    sleep 0.1
+    sleep 0.05
   done
 }
 

@@ -157,8 +157,11 @@ def check_tokenizer(repository, card):
 # --- the whole -----------------------------------------------------------------------
 
 
-def check_repository(repository, plans=False):
-    """Exit with the first disagreement in a repository; else a summary. plans: hold the plans against this GPU too."""
+def check_repository(repository, plans=False, read=None):
+    """Exit with the first disagreement in a repository; else a summary.
+
+    plans: hold the plans against this GPU too. read: keys of the graphs to look into, all where nothing is said.
+    """
     card = read_card(repository)
     service = card.get("service") or {}
     if not service.get("name"):
@@ -169,9 +172,7 @@ def check_repository(repository, plans=False):
     if generation.is_generation(card):
         return generation.check_repository(repository)
     keys = served_keys(repository)
-    if REFERENCE in keys:
-        read_graph(graph_path(repository, REFERENCE))
-    properties = {key: check_graph(repository, key, card) for key in keys}
+    properties = {key: check_graph(repository, key, card) for key in keys if read is None or key in read}
     check_script(repository, card)
     check_configs(repository, card)
     check_one_search(repository, properties)
@@ -224,11 +225,14 @@ def parse_args():
     return parser.parse_args()
 
 
-def check_all(repositories, plans=False):
-    """Check the repositories of one server; a line about each. Exits with the first disagreement."""
+def check_all(repositories, plans=False, read=None):
+    """Check the repositories of one server; a line about each. Exits with the first disagreement.
+
+    read: {repository: what check_repository takes}.
+    """
     names, lines = {}, []
     for repository in repositories:
-        said = check_repository(repository, plans)
+        said = check_repository(repository, plans, (read or {}).get(repository))
         name = read_card(repository)["service"]["name"]
         if name in names:
             raise SystemExit(

@@ -87,14 +87,26 @@ def choose_graph(repository, card, precision=None, engine=None, pack=True):
     return settings, f"{TITLES[settings['engine']]}, {settings['precision']}, {form}"
 
 
+def has_one_pass(card, engine):
+    """Whether one model can do all, or only the ensemble serves."""
+    by_torch = (card.get("service") or {}).get("engine") == "pytorch" and not engine
+    return not (card["task"] == OWN or HIDDEN_STATE in card["outputs"] or by_torch)
+
+
+def graphs_read(card, precision, engine):
+    """Keys of the graphs that a start looks into: not those that it does not serve; None: all."""
+    service = card.get("service") or {}
+    if not has_one_pass(card, engine) or "precision" not in service:
+        return None
+    return {REFERENCE, model_key(precision or service.get("cpu_precision") or service["precision"])}
+
+
 def write_one_pass(repository, output, precision, engine):
     """Write the folder; returns a line of what it is, or None where only the ensemble serves."""
     card = read_card(repository)
-    if card["task"] == OWN or HIDDEN_STATE in card["outputs"]:
+    if not has_one_pass(card, engine):
         return None
     service = card["service"]
-    if service.get("engine") == "pytorch" and not engine:
-        return None
     if card["task"] in GENERATION:
         if engine not in (None, "onnxruntime"):
             raise SystemExit(f"--engine: expected onnxruntime for --task {card['task']}, found {engine}; leave it out")
@@ -126,7 +138,8 @@ def parse_args():
 
 def main():
     args = parse_args()
-    print(*check_all(args.repository), sep="\n", file=sys.stderr)
+    read = {path: graphs_read(read_card(path), args.precision, args.engine) for path in args.repository}
+    print(*check_all(args.repository, read=read), sep="\n", file=sys.stderr)
     for number, repository in enumerate(args.repository, 1):
         folder = (args.output / str(number)).resolve()
         said = write_one_pass(repository, folder, args.precision, args.engine)

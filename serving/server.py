@@ -5,8 +5,6 @@ import functools
 from http.client import HTTPException
 
 import numpy as np
-import tritonclient.grpc
-import tritonclient.http
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from core.tables import ENGINES, HINT_BF16, MODELS, NAMES, PRECISION_HINT, PRECISIONS, TEXT, TORCH
@@ -26,7 +24,11 @@ def connect(url, protocol, timeout_s=TIMEOUT_S):
     timeout_s bounds every call over HTTP; over gRPC each call takes its own.
     """
     if protocol == "http":
+        import tritonclient.http  # slow to import: a start of a server needs none of it
+
         return tritonclient.http.InferenceServerClient(url, network_timeout=timeout_s), tritonclient.http
+    import tritonclient.grpc
+
     client = tritonclient.grpc.InferenceServerClient(url)
     atexit.register(client.close)  # a channel that is left to the interpreter's end can keep the process from ending
     return client, tritonclient.grpc

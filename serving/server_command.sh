@@ -3,10 +3,13 @@
 
 # A backend folder: Triton's own Python backend with the stub of this Python, ours beside it.
 prepare_cpu() {
-  triton=$("$python" -c 'import importlib.util as u; print(u.find_spec("pytriton").submodule_search_locations[0])' 2>/dev/null)/tritonserver ||
+  local found version libpython stub backend name backends=$state/backends
+  found=$("$python" -c 'import importlib.util as u, sys, sysconfig
+print("%d.%d" % sys.version_info[:2], "{LIBDIR}/{INSTSONAME}".format(**sysconfig.get_config_vars()), sep="\n")
+print(u.find_spec("pytriton").submodule_search_locations[0])' 2>/dev/null) ||
     fail "expected the package nvidia-pytriton in $python, found none; run ./run.sh or pip install -r requirements.txt"
-  local version stub backend name backends=$state/backends
-  version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+  { read -r version && read -r libpython && read -r triton; } <<<"$found"
+  triton+=/tritonserver
   stub=$triton/python_backend_stubs/$version/triton_python_backend_stub
   [ -e "$stub" ] || fail "expected Python 3.10 to 3.12, found $version; make .venv with one of those"
   rm -rf "$backends" && mkdir -p "$backends/python"
@@ -41,8 +44,6 @@ listening = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
 print(*(one.getsockname()[1] for one in listening))')"
   secret=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
   # the stub would take the system's libpython with the modules of this Python: of another build, they do not load
-  local libpython
-  libpython=$("$python" -c 'import sysconfig; print("{LIBDIR}/{INSTSONAME}".format(**sysconfig.get_config_vars()))')
   rm -rf "${state:?}/lib" && mkdir "$state/lib"
   [[ $libpython != *.so* ]] || ln -s "$libpython" "$state/lib/"
   # the stub takes its packages from the python3 on PATH

@@ -49,24 +49,26 @@ def with_ports(command, ports):
     return command.replace("127.0.0.1:8000", f"127.0.0.1:{ports[0]}")
 
 
-def alike(found, expected):
-    """Whether two answers have the same words, and numbers that differ by at most 0.02."""
+def alike(found, expected, tolerance):
+    """Whether two answers have the same words, and numbers that differ by at most the tolerance."""
     numbers = [[float(m[0]) for m in NUMBER.finditer(text)] for text in (found, expected)]
     words = [NUMBER.sub("#", text) for text in (found, expected)]
-    return words[0] == words[1] and all(abs(a - b) <= 0.02 for a, b in zip(*numbers, strict=True))
+    return words[0] == words[1] and all(abs(a - b) <= tolerance for a, b in zip(*numbers, strict=True))
 
 
 def follow(steps, project, ports):
     """Execute steps in a copy of the project; each has to succeed, and to answer what the page says."""
     path = ":".join([f"{project / '.venv/bin'}", *PYTHONS, os.environ["PATH"]])
     environment = dict(os.environ, PATH=path, HF_HUB_OFFLINE="1")
+    # two trainings of the same seed differ: the order of sums depends on the processor and on what else it does
+    tolerance = 0.2 if any("train_" in command for command, _ in steps) else 0.02
     for command, expected in steps:
         done = subprocess.run(
             with_ports(command, ports), shell=True, cwd=project, env=environment, capture_output=True, text=True, timeout=1800
         )  # fmt: skip
         assert done.returncode == 0, f"{command}: {done.stdout[-1000:]}{done.stderr[-2000:]}"
         if expected:
-            assert alike(done.stdout.strip(), "\n".join(expected)), done.stdout
+            assert alike(done.stdout.strip(), "\n".join(expected), tolerance), done.stdout
 
 
 @pytest.mark.parametrize("heading", [*BLOCKS, *EXAMPLES])
