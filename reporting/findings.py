@@ -10,7 +10,7 @@ from reporting.verdicts import deployable
 HUBS = {"hub": "the Hugging Face hub", "clearml": "ClearML", "wandb": "Weights & Biases", "mlflow": "MLflow"}
 SHOWN = ("quality", "perf", "plans", "compile", "complexity", "sensitivity", "sts", "verdicts")
 SHOWN += ("peers", "choice", "length", "limits", "generation", "soak", "recovery", "failover", "engines")
-KINDS = (*SHOWN, "surface", "precisions")  # computed or emulated: they tell no machine's worth
+KINDS = (*SHOWN, "surface", "precisions", "ablation")  # computed or emulated: they tell no machine's worth
 
 
 def rank(model):

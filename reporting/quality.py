@@ -104,6 +104,20 @@ def search(model):
     return [lead, curve, matmuls]
 
 
+def ablation(model):
+    """What each way of keeping INT8 close brings."""
+    record = model["ablation"]
+    lead = (
+        f"All MatMuls in INT8, one way added after another; {record['measured']['texts']} texts of "
+        f"{record['measured']['file']}, of which none calibrated. {caption(record)}."
+    )
+    rows = table(
+        {"ways": row["ways"], "share of FLOPs in INT8": f"{row['int8_flops_share']:.1%}", **errors(row)}
+        for row in record["rows"]
+    )
+    return [lead, rows, "![Error with each further way](ablation.png)"]
+
+
 def plan_cells(model, name, row):
     """One plan: what it was built from and how, what it holds, and for which GPU."""
     counts = {what: ", ".join(f"{n} {p}" for p, n in found.items()) for what, found in row["counts"].items()}
