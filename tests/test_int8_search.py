@@ -97,7 +97,7 @@ def test_the_record_of_a_search_claims_what_both_graphs_meet(monkeypatch, best, 
     monkeypatch.setattr(int8_search.Search, "point", lambda _, n: {"int8_flops_share": len(n) / 4} | point)
     graphs = {n: {"INT8": point, "BEST": quality(1, best * 0.5 ** (4 - n))} for n in range(1, 5)}
     monkeypatch.setattr(int8_search.Search, "graphs", lambda _, names: graphs[len(names)])
-    recipe = {"weights": shapes, "settings": {"alpha": 0.5, "offsets": True, "clip": 1.0}}
+    recipe = {"weights": shapes, "outliers": (), "settings": {"alpha": 0.5, "offsets": True, "clip": 1.0}}
     chosen, found = int8_search.search_int8(None, {"x": recipe}, None, EMBEDDING, TARGET, 0.7, np.inf)
     assert found["int8_flops_share"] == share and sum(row["int8"] for row in found["matmuls"]) == 4 * (share or 0)
     assert found["reached"] == (graphs[len(chosen)] if chosen else None)

@@ -115,9 +115,11 @@ def test_matmuls_stand_in_the_tables_of_their_model_alone(place):
 
 def test_each_way_of_keeping_int8_close_is_a_row(place):
     data.write_ablation(place.folder, place.model)
+    data.write_entities(place.folder, place.model)
     written(place)
     text = (place.folder / "tables.md").read_text()
     assert "| b | 100.0% | 5.0% | 0.99000 |" in text and "128 texts of texts.txt" in text
+    assert "| TRT_INT8 | 9 | 0.5000 | 1.0000 | 0.6667 |" in text
     assert (place.folder / "ablation.png").is_file()
 
 
