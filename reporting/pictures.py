@@ -130,9 +130,10 @@ def draw_ablation(model):
     rows = [row for row in model["ablation"]["rows"] if row["mean_cosine"] is not None]
     figure, axes = plt.subplots(figsize=(7.5, 2.5))
     bars = axes.barh([row["ways"] for row in rows], [100 * row["relative_l2_error"] for row in rows], color="0.6")
-    axes.bar_label(bars, fmt="%.1f", padding=2)
+    axes.bar_label(bars, fmt="%.2g", padding=2)
+    axes.margins(x=0.1)
     axes.invert_yaxis()
-    axes.set(xlabel="relative L2 error, %", xscale="log", title=f"{model['title']}: all MatMuls in INT8")
+    axes.set(xlabel="relative L2 error, %", title=f"{model['title']}: all MatMuls in INT8")
     return figure
 
 
