@@ -33,8 +33,9 @@ from core.tokens import load_tokenizer
 from precision.calibration import load_texts
 from precision.further import describe_precisions, measure_precisions
 from precision.int8_check import check_quantization
-from precision.int8_graph import flops_share
-from precision.int8_recipes import FP8, INT8, candidate_matmuls, find_recipes, naive_recipes, recipe_digest
+from precision.int8_graph import flops_share, outlier_counts
+from precision.int8_recipes import candidate_matmuls, find_recipes, naive_recipes, recipe_digest
+from precision.int8_rounding import FP8, INT8
 from precision.int8_search import SEARCHED, missed_target, search_int8
 from precision.makers import Learnt, make_graph
 from serving.repository import write_repository
@@ -125,7 +126,7 @@ def write_graphs(paths, reference_path, reference, learnt, properties, record=No
     paths: {precision: path}; properties: {name: text} of where they come from; record: (path, content) of a JSON file
     that tells of them. One graph at a time is in memory.
     """
-    share = flops_share(sorted(learnt.chosen), weight_matmuls(reference))
+    share = flops_share(sorted(learnt.chosen), weight_matmuls(reference), outlier_counts(learnt.recipes))
     with contextlib.ExitStack() as stack:
         for precision, path in paths.items():
             graph = make_graph(precision, reference, learnt)

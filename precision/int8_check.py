@@ -6,7 +6,7 @@ import onnx
 from onnx import numpy_helper
 
 from core.repository import transposed
-from precision.int8_graph import GraphIndex
+from precision.surgery import GraphIndex
 
 
 def quantized_matmuls(graph):

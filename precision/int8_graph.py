@@ -2,7 +2,8 @@
 
 A *recipe* says how the MatMuls that read one tensor are computed in INT8: {"offsets",
 "factors": float32 [in], "scale": step of the activations, "weights": {node name: (int8
-[in, out], float32 steps [out])}, "mean_errors": {node name: float32 [out]}}. Weights in FP8
+[in, out], float32 steps [out])}, "outliers": channels that stay in floating point, "rows": {node name: their
+weights, float32 [outliers, out]}, "mean_errors": {node name: float32 [out]}}. Weights in FP8
 instead of INT8 make a graph in FP8. Activations are
 (x - offsets) / factors, weights are multiplied by the factors: both then have small ranges
 (SmoothQuant, Outlier Suppression+). What the offsets and the rounding change in the mean of
@@ -10,34 +11,12 @@ an output, `mean_errors`, is taken off its bias.
 """
 
 import numpy as np
-import onnx
-from onnx import helper, numpy_helper
+from onnx import helper
 
 from core.repository import transposed, weight_matmuls
+from precision.surgery import GraphIndex, Surgeon
 
 KEEPS_ORDER = ("Reshape", "Transpose")  # between a Linear and the MatMul that reads its channels
-
-
-class GraphIndex:
-    """Who makes and who reads each tensor of a graph, and its constants."""
-
-    def __init__(self, model):
-        self.nodes = list(model.graph.node)
-        self.producer = {output: node for node in self.nodes for output in node.output}
-        self.constants = {i.name: i for i in model.graph.initializer}
-        self.outputs = {output.name for output in model.graph.output}
-        self.readers = {}
-        for node in self.nodes:
-            for name in node.input:
-                self.readers.setdefault(name, []).append(node)
-
-    def array(self, name):
-        return numpy_helper.to_array(self.constants[name])
-
-    def only_reader(self, name):
-        """The node that reads a tensor, None if there are more or the graph returns it."""
-        readers = self.readers.get(name, [])
-        return readers[0] if len(readers) == 1 and name not in self.outputs else None
 
 
 # --- which MatMuls -------------------------------------------------------------------
@@ -68,10 +47,18 @@ def last_hidden_state(graph):
     return node.input[0]
 
 
-def flops_share(names, shapes):
-    """Share of the weight-MatMul FLOPs that is in `names`: every token costs 2·in·out."""
-    flops = {name: k * n for name, (k, n) in shapes.items()}
-    return sum(flops[name] for name in names) / sum(flops.values())
+def flops_share(names, shapes, outliers=None):
+    """Share of the weight-MatMul FLOPs that is in `names`: every token costs 2·in·out.
+
+    outliers: {name: channels that stay in floating point}; theirs do not count.
+    """
+    left = outliers or {}
+    return sum((shapes[n][0] - left.get(n, 0)) * shapes[n][1] for n in names) / sum(k * n for k, n in shapes.values())
+
+
+def outlier_counts(recipes):
+    """{name of a MatMul: channels of its input that stay in floating point}."""
+    return {name: len(recipe["outliers"]) for recipe in (recipes or {}).values() for name in recipe["weights"]}
 
 
 # --- where the factors go ------------------------------------------------------------
@@ -127,49 +114,6 @@ def smoothing_place(index, tensor, recipe, keep, others):
 # --- the surgery ---------------------------------------------------------------------
 
 
-class Surgeon:
-    """A copy of a graph to put Q/DQ into: nodes before or after others, new constants."""
-
-    def __init__(self, reference):
-        self.model = onnx.ModelProto()
-        self.model.CopyFrom(reference)
-        self.index = GraphIndex(self.model)
-        self.before, self.added = {}, {}
-        self.biases = {n.name: bias_add(self.index, n) for n in self.index.nodes if n.op_type in ("MatMul", "Gemm")}
-
-    def constant(self, name, value):
-        self.added[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
-        return name
-
-    def array(self, name):
-        return numpy_helper.to_array(self.added[name]) if name in self.added else self.index.array(name)
-
-    def replace_constant(self, node, position, value):
-        """Give one node a constant of its own: another node may read the same one."""
-        node.input[position] = self.constant(f"{node.name}/input_{position}", value.astype(np.float32))
-
-    def finish(self):
-        """The graph with all nodes in order, without constants that nothing reads."""
-        nodes = [n for node in self.index.nodes for n in (*self.before.get(node.name, []), node)]
-        return rebuild(self.model, nodes, [*self.model.graph.initializer, *self.added.values()])
-
-
-def rebuild(model, nodes, constants):
-    """The model with these nodes, and with those of the constants that they read."""
-    read, old = {name for node in nodes for name in node.input}, model.graph
-    kept = [c for c in constants if c.name in read]
-    model.graph.CopyFrom(helper.make_graph(nodes, old.name, old.input, old.output, kept, value_info=old.value_info))
-    return model
-
-
-def bias_add(index, node):
-    """The Add of a constant row behind a MatMul, or None."""
-    add = index.only_reader(node.output[0])
-    if add is None or add.op_type != "Add" or add.input[1] not in index.constants:
-        return None
-    return add if len(index.constants[add.input[1]].dims) == 1 else None
-
-
 def smooth_linear(surgeon, found, offsets, factors):
     """Take offsets off a Linear's output channels and divide them by the factors."""
     matmul, add = found
@@ -213,6 +157,24 @@ def quantize_activation(surgeon, tensor, source, scale, dtype):
     return nodes, dequantized
 
 
+def gather_outliers(surgeon, tensor, source, channels):
+    """Node that reads some channels of a tensor, in floating point."""
+    indices = surgeon.constant(f"{tensor}/outlier_channels", channels.astype(np.int64))
+    return helper.make_node("Gather", [source, indices], [f"{tensor}_outliers"], name=f"{tensor}/Gather", axis=-1)
+
+
+def add_outliers(surgeon, node, tensor, rows):
+    """Add to a MatMul's output what the channels in floating point bring."""
+    name, output = node.name, node.output[0]
+    weight = surgeon.constant(f"{name}/outlier_rows", rows.astype(np.float32))
+    int8, product = f"{name}/int8_product", f"{name}/outlier_product"
+    node.output[0] = int8
+    surgeon.after[name] = [
+        helper.make_node("MatMul", [f"{tensor}_outliers", weight], [product], name=f"{name}/outliers/MatMul"),
+        helper.make_node("Add", [int8, product], [output], name=f"{name}/outliers/Add"),
+    ]
+
+
 def insert_int8(reference, recipes, chosen):
     """Reference graph -> graph whose MatMuls in `chosen` are computed in INT8, the rest as before.
 
@@ -239,6 +201,8 @@ def insert_int8(reference, recipes, chosen):
             nodes = affine_nodes(surgeon, tensor, tensor, source, 1 / factors, -offsets / factors, "smooth")
         dtype = recipes[tensor]["weights"][names[0]][0].dtype
         pair, dequantized = quantize_activation(surgeon, tensor, source, recipes[tensor]["scale"], dtype)
+        if len(recipes[tensor]["outliers"]):
+            pair.append(gather_outliers(surgeon, tensor, source, recipes[tensor]["outliers"]))
         first = next(node for node in index.nodes if node in readers)
         surgeon.before.setdefault(first.name, []).extend(nodes + pair)
         for node in readers:
@@ -246,12 +210,12 @@ def insert_int8(reference, recipes, chosen):
                 node.input[0] = dequantized
     for tensor, names in used.items():
         for name in names:
-            insert_weight(surgeon, name, recipes[tensor], divided.get(name))
+            insert_weight(surgeon, name, tensor, recipes[tensor], divided.get(name))
     return surgeon.finish()
 
 
-def insert_weight(surgeon, name, recipe, divided):
-    """An INT8 weight with a step per output channel, and the bias without the mean error.
+def insert_weight(surgeon, name, tensor, recipe, divided):
+    """An INT8 weight with a step per output channel, its rows in floating point, the bias without the mean error.
 
     divided: (offsets, factors) of the output channels where the next MatMul's smoothing was
     put into this Linear: its steps are divided, its INT8 values stay.
@@ -268,6 +232,8 @@ def insert_weight(surgeon, name, recipe, divided):
     dequantize = helper.make_node("DequantizeLinear", tensors, [output], name=f"{name}/weight/Dequantize", axis=axis)
     surgeon.before.setdefault(name, []).append(dequantize)
     node.input[1] = output
+    if len(recipe["outliers"]):
+        add_outliers(surgeon, node, tensor, recipe["rows"][name] / factors)
     add = surgeon.biases[name]
     if add is not None:
         surgeon.replace_constant(add, 1, surgeon.array(add.input[1]) - recipe["mean_errors"][name] / factors)

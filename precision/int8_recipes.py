@@ -1,13 +1,11 @@
-"""How the MatMuls behind one tensor are computed in INT8: ranges, smoothing, bias correction.
+"""How the MatMuls behind one tensor are computed in INT8: ranges, smoothing, rounding, bias correction.
 
 Sources: SmoothQuant, Xiao et al. 2023 (arXiv:2211.10438): factors; Outlier Suppression+, Wei et al. 2023
 (arXiv:2304.09145): offsets per channel; Nagel et al. 2021 (arXiv:2106.08295): range by squared error, bias correction.
 """
 
 import hashlib
-from collections import namedtuple
 
-import ml_dtypes
 import numpy as np
 import onnx
 from tqdm import tqdm
@@ -15,16 +13,19 @@ from tqdm import tqdm
 from core.onnx_runtime import open_session
 from core.repository import weight_matmuls
 from core.tables import ATTENTION_MASK, INPUT_IDS, MAX_BATCH_SIZE
-from precision.int8_graph import GraphIndex, bias_add, flops_share, matmul_groups, matmul_weights
+from precision.int8_graph import flops_share, matmul_groups, matmul_weights
+from precision.int8_rounding import INT8, outlier_channels, round_second_order, round_values
+from precision.surgery import GraphIndex, bias_add
 
-Form = namedtuple("Form", "largest dtype")  # numbers of eight bits
-INT8 = Form(127, np.dtype(np.int8))  # symmetric: -128 is not used
-FP8 = Form(448, np.dtype(ml_dtypes.float8_e4m3fn))
 ALPHAS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # 0: no factors; 1: activations of equal range, weights take it all
-CLIPS = (1.0, 1.1, 0.95, 0.9, 0.85, 0.8, 0.7)  # range over the largest calibrated value
+CLIPS = (1.0, 1.25, 0.9)  # range over the largest calibrated value: other texts have larger ones
+OUTLIERS = 8  # channels of a tensor that are left in floating point
+WORTH = 0.6  # where the squared error falls to this share: they cost a product and a sum for each MatMul
+WAYS = ("second_order", "outliers")  # each can be left out, to show what it brings
 MAX_RANGE_TOKENS = 8192  # calibrated per tensor; bounds memory
 MAX_ERROR_TOKENS = 512  # on which smoothing and range are compared
 SMALLEST = 1e-5  # a channel that never differs from zero has no range
+MIN_CHANNELS = 16  # for each channel in floating point
 NEGLIGIBLE_SHARE = 1e-3  # of the FLOPs: INT8 there can save nothing, and the output layer is such a MatMul
 
 
@@ -63,12 +64,6 @@ def capture_activations(reference, tensors, encoded, seed):
 # --- the recipe of one tensor --------------------------------------------------------
 
 
-def round_values(values, scale, form=INT8):
-    """Nearest values, in units of `scale`, that a form can hold; in FP32."""
-    values = np.clip(values / scale, -form.largest, form.largest)
-    return (np.rint(values) if form is INT8 else values.astype(form.dtype).astype(np.float32)) * scale
-
-
 def smoothing_factors(activations, weight, alpha):
     """SmoothQuant, equation 4: amax(x)^alpha / amax(w)^(1 - alpha) per input channel; ones for alpha 0."""
     if not alpha:
@@ -80,17 +75,22 @@ def smoothing_factors(activations, weight, alpha):
 
 
 class Candidate:
-    """One way to compute the MatMuls behind a tensor: offsets, alpha, clip."""
+    """One way to compute the MatMuls behind a tensor: offsets, alpha, clip, channels left in floating point."""
 
-    def __init__(self, activations, weight, use_offsets, alpha, form=INT8):
+    def __init__(self, activations, weight, use_offsets, alpha, form=INT8, power=None, outliers=0):
         low, high = activations.min(axis=0), activations.max(axis=0)
         self.use_offsets, self.alpha, self.clip, self.form = use_offsets, alpha, 1.0, form
         self.offsets = (low + high) / 2 * np.float32(use_offsets)
         self.factors = smoothing_factors(activations - self.offsets, weight, alpha)
-        self.largest = float(np.abs(self.smooth(activations)).max())
-        self.weight = weight * self.factors[:, None]
-        self.weight_scale = np.maximum(np.abs(self.weight).max(axis=0), SMALLEST) / form.largest  # per output channel
-        self.rounded = round_values(self.weight, self.weight_scale, form)
+        self.weight, values = weight * self.factors[:, None], self.smooth(activations)
+        self.floating = np.zeros(len(weight), dtype=bool)
+        if outliers:
+            self.floating = outlier_channels(values, self.weight, power, outliers)
+        self.largest = float(np.abs(values[:, ~self.floating]).max())
+        # per output channel
+        self.weight_scale = np.maximum(np.abs(self.weight[~self.floating]).max(axis=0), SMALLEST) / form.largest
+        rounded = round_values(self.weight, self.weight_scale, form)
+        self.rounded = np.where(self.floating[:, None], self.weight, rounded)
 
     def smooth(self, activations):
         return (activations - self.offsets) / self.factors
@@ -98,57 +98,67 @@ class Candidate:
     def scale(self):
         return np.float32(max(self.largest * self.clip, SMALLEST) / self.form.largest)
 
-    def outputs(self, activations):
-        return round_values(self.smooth(activations), self.scale(), self.form) @ self.rounded
+    def values(self, activations):
+        """What the MatMul reads: rounded, but for the channels in floating point."""
+        smooth = self.smooth(activations)
+        return np.where(self.floating, smooth, round_values(smooth, self.scale(), self.form))
 
-    def error(self, activations, expected, weight):
-        """Mean squared error of the outputs after bias correction, each over its MatMul's own power."""
-        difference = self.outputs(activations) - expected
+    def error(self, activations, expected, power):
+        """Squared error of the outputs after bias correction, each over its MatMul's own power."""
+        difference = self.values(activations) @ self.rounded - expected
         difference -= difference.mean(axis=0)
-        return float((np.square(difference).mean(axis=0) * weight).sum())
+        return float((np.square(difference) @ power).sum())
 
 
-def find_recipe(activations, held_out, weights, biased, form=INT8):
-    """The candidate with the least error on tokens that set no range; alpha first, then the range.
+def find_recipe(activations, held_out, weights, biased, form=INT8, ways=WAYS):
+    """The candidate with the least error on tokens that set no range.
 
-    activations, held_out: float32 [tokens, in]; weights: {node name: [in, out]}; biased:
-    whether every one of them has a bias, without which offsets are not exact.
+    activations, held_out: float32 [tokens, in]; weights: {node name: [in, out]}; biased: whether every one of them has
+    a bias, without which offsets are not exact.
     """
     weight = np.concatenate(list(weights.values()), axis=1)
     outputs = [held_out @ w for w in weights.values()]
     expected = np.concatenate(outputs, axis=1)
     power = np.concatenate([np.full(o.shape[1], 1 / np.square(o).sum()) for o in outputs])
-    best, least = None, np.inf
-    for use_offsets in (False, True) if biased and form is INT8 else (False,):  # FP8 is as fine around any value
+    ways = ways if form is INT8 else ()  # FP8's steps grow with the values, and are as fine around any
+    counts = [0, OUTLIERS] if "outliers" in ways and len(weight) > MIN_CHANNELS * OUTLIERS else [0]
+
+    def best_with(outliers):
+        best, chosen, least = None, 1.0, np.inf
         for alpha in ALPHAS:
-            candidate = Candidate(activations, weight, use_offsets, alpha, form)
-            error = candidate.error(held_out, expected, power)
-            if error < least:
-                best, least = candidate, error
-    chosen = best.clip
-    for clip in CLIPS[1:]:
-        best.clip = clip
-        error = best.error(held_out, expected, power)
-        if error < least:
-            chosen, least = clip, error
-    best.clip = chosen
+            candidate = Candidate(activations, weight, biased and form is INT8, alpha, form, power, outliers)
+            for candidate.clip in CLIPS:
+                error = candidate.error(held_out, expected, power)
+                if error < least:
+                    best, chosen, least = candidate, candidate.clip, error
+        best.clip = chosen
+        if "second_order" in ways:
+            best.rounded = round_second_order(best.weight, best.weight_scale, best.values(activations), best.floating)
+        return best, best.error(held_out, expected, power)
+
+    (best, error), *others = map(best_with, counts)
+    best = next((other for other, less in others if less <= WORTH * error), best)
     return write_recipe(best, activations, weights)
 
 
 def write_recipe(candidate, activations, weights):
     """Candidate -> what int8_graph.insert_int8 takes, and the settings for the record."""
-    weight = np.concatenate(list(weights.values()), axis=1)
-    errors = (candidate.outputs(activations) - activations @ weight).mean(axis=0)
+    weight, floating = np.concatenate(list(weights.values()), axis=1), candidate.floating
+    errors = (candidate.values(activations) @ candidate.rounded - activations @ weight).mean(axis=0)
     recipe = {key: getattr(candidate, key) for key in ("offsets", "factors")}
-    recipe |= {"scale": candidate.scale(), "weights": {}, "mean_errors": {}}
+    recipe |= {"scale": candidate.scale(), "weights": {}, "mean_errors": {}, "rows": {}}
+    recipe["outliers"] = np.flatnonzero(floating)
     recipe["settings"] = {"alpha": candidate.alpha, "offsets": candidate.use_offsets, "clip": candidate.clip}
     start = 0
     for name, own in weights.items():
         columns = slice(start, start + own.shape[1])
         scale = candidate.weight_scale[columns]
-        values = candidate.rounded[:, columns] / scale  # on the form's grid but for the division
-        values = (np.rint(values) if candidate.form is INT8 else values).astype(candidate.form.dtype)
-        recipe["weights"][name] = (values, scale)
+        rounded = (
+            np.where(floating[:, None], 0, candidate.rounded[:, columns]) / scale
+        )  # on the form's grid but for the division
+        rounded = (np.rint(rounded) if candidate.form is INT8 else rounded).astype(candidate.form.dtype)
+        recipe["weights"][name] = (rounded, scale)
+        recipe["rows"][name] = candidate.rounded[floating, columns]
         recipe["mean_errors"][name] = errors[columns]
         start = columns.stop
     return recipe
@@ -161,7 +171,7 @@ def candidate_matmuls(reference, recipes=None):
     return [name for name in shapes if name in names and flops_share([name], shapes) >= NEGLIGIBLE_SHARE]
 
 
-def find_recipes(reference, calibration, held_out, seed, form=INT8):
+def find_recipes(reference, calibration, held_out, seed, form=INT8, ways=WAYS):
     """{tensor: recipe} of every tensor that weight MatMuls worth quantizing read."""
     weights, nodes = matmul_weights(reference), {n.name: n for n in reference.graph.node}
     index, candidates = GraphIndex(reference), candidate_matmuls(reference)
@@ -173,7 +183,8 @@ def find_recipes(reference, calibration, held_out, seed, form=INT8):
     for tensor in tqdm(list(ranges), desc="ranges", unit="tensor", mininterval=1):
         own = {name: weights[name] for name in groups[tensor]}
         biased = all(bias_add(index, nodes[name]) is not None for name in own)
-        recipes[tensor] = find_recipe(ranges.pop(tensor), held_out.pop(tensor)[:MAX_ERROR_TOKENS], own, biased, form)
+        tokens = held_out.pop(tensor)[:MAX_ERROR_TOKENS]
+        recipes[tensor] = find_recipe(ranges.pop(tensor), tokens, own, biased, form, ways)
     return recipes
 
 
@@ -195,7 +206,8 @@ def recipe_digest(recipes, chosen):
     digest = hashlib.sha256()
     for tensor, recipe in sorted(recipes.items()):
         for name in sorted(chosen & recipe["weights"].keys()):
-            arrays = (recipe["offsets"], recipe["factors"], recipe["scale"], *recipe["weights"][name])
+            arrays = (*(recipe[key] for key in ("offsets", "factors", "scale", "outliers")), *recipe["weights"][name])
+            arrays += (recipe["rows"][name],)
             digest.update(f"{tensor} {name}".encode())
             for array in (*arrays, recipe["mean_errors"][name]):
                 digest.update(np.ascontiguousarray(array).tobytes())

@@ -14,7 +14,7 @@ from core.metrics import deviations
 from core.onnx_runtime import open_session
 from core.repository import weight_matmuls
 from core.tables import ATTENTION_MASK, INPUT_IDS, MAX_BATCH_SIZE, PRECISIONS, SERVED
-from precision.int8_graph import flops_share, insert_int8
+from precision.int8_graph import flops_share, insert_int8, outlier_counts
 from precision.int8_recipes import NEGLIGIBLE_SHARE, candidate_matmuls, feeds
 from precision.makers import Learnt, make_graph
 
@@ -80,6 +80,7 @@ class Search:
     def __init__(self, reference, recipes, selection, task, deadline, precisions=SEARCHED):
         self.reference, self.recipes, self.selection, self.deadline = reference, recipes, selection, deadline
         self.shapes, self.task, self.precisions = weight_matmuls(reference), task, precisions
+        self.outliers = outlier_counts(recipes)
         self.expected = run_graph(reference, selection, task)
 
     def out_of_time(self):
@@ -88,7 +89,7 @@ class Search:
     def point(self, names):
         """Share of the FLOPs in INT8, and the quality with these MatMuls in INT8."""
         graph = insert_int8(self.reference, self.recipes, set(names))
-        return {"int8_flops_share": flops_share(names, self.shapes)} | self.measure(graph)
+        return {"int8_flops_share": flops_share(names, self.shapes, self.outliers)} | self.measure(graph)
 
     def graphs(self, names):
         """Quality of the graphs that would be written with these MatMuls in INT8."""

@@ -17,8 +17,8 @@ import onnx
 from onnx import helper
 
 from core.tables import PRECISIONS
-from precision.int8_graph import Surgeon, rebuild
 from precision.int8_graph import insert_int8 as insert_pairs
+from precision.surgery import Surgeon, rebuild
 
 # calibration: encoded texts; recipes: of int8_recipes.py; chosen: names of the MatMuls in INT8
 Learnt = namedtuple("Learnt", "calibration recipes chosen", defaults=(None, None, frozenset()))

@@ -10,13 +10,13 @@ from reporting.verdicts import deployable
 HUBS = {"hub": "the Hugging Face hub", "clearml": "ClearML", "wandb": "Weights & Biases", "mlflow": "MLflow"}
 SHOWN = ("quality", "perf", "plans", "compile", "complexity", "sensitivity", "sts", "verdicts")
 SHOWN += ("peers", "choice", "length", "limits", "generation", "soak", "recovery", "failover", "engines")
-KINDS = (*SHOWN, "surface", "precisions")  # computed or emulated: they tell no machine's worth
+KINDS = (*SHOWN, "surface", "precisions", "ablation", "entities")  # computed or emulated: they tell no machine's worth
 
 
 def rank(model):
     """Which measurements of a model tell most: those on a GPU, then the most, then the newest."""
     dates = [model[kind]["environment"]["utc"] for kind in SHOWN if model[kind]]
-    return bool(model["perf"] and md.on_gpu(model["perf"])), len(dates), max(dates)
+    return bool(model["perf"] and md.on_gpu(model["perf"])), len(dates), max(dates, default="")
 
 
 def best_of_each(models):

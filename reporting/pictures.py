@@ -125,6 +125,18 @@ def draw_sensitivity(model):
     return figure
 
 
+def draw_ablation(model):
+    """The error of all in INT8 after each further way of keeping it close."""
+    rows = [row for row in model["ablation"]["rows"] if row["mean_cosine"] is not None]
+    figure, axes = plt.subplots(figsize=(7.5, 2.5))
+    bars = axes.barh([row["ways"] for row in rows], [100 * row["relative_l2_error"] for row in rows], color="0.6")
+    axes.bar_label(bars, fmt="%.2g", padding=2)
+    axes.margins(x=0.1)
+    axes.invert_yaxis()
+    axes.set(xlabel="relative L2 error, %", title=f"{model['title']}: all MatMuls in INT8")
+    return figure
+
+
 def draw_verdicts(model):
     """A scatter of logits against torch's per model; flipped verdicts are crosses."""
     record, rows = model["verdicts"], read_rows(model["folder"] / "verdicts.csv")
@@ -216,6 +228,7 @@ PICTURES = {
     "complexity": (draw_roofline, "complexity.json"),
     "surface": (draw_surface, "surface.json"),
     "sensitivity": (draw_sensitivity, "sensitivity.json"),
+    "ablation": (draw_ablation, "ablation.json"),
     "peers": (draw_peers, "peers.json"),
     "length": (draw_length, "length.json"),
     "verdicts": (draw_verdicts, "verdicts.json"),  # which holds the digest of verdicts.csv

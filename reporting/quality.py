@@ -104,6 +104,38 @@ def search(model):
     return [lead, curve, matmuls]
 
 
+def ablation(model):
+    """What each way of keeping INT8 close brings."""
+    record = model["ablation"]
+    lead = (
+        f"All MatMuls in INT8, one way added after another; {record['measured']['texts']} texts of "
+        f"{record['measured']['file']}, of which none calibrated. {caption(record)}."
+    )
+    rows = table(
+        {"ways": row["ways"], "share of FLOPs in INT8": f"{row['int8_flops_share']:.1%}", **errors(row)}
+        for row in record["rows"]
+    )
+    return [lead, rows, "![Error with each further way](ablation.png)"]
+
+
+def entities(model):
+    """What each graph finds beside FP32."""
+    record = model["entities"]
+    lead = (
+        f"Entities of {record['texts']['count']} texts of {record['texts']['file']}, against those of FP32: label and both "
+        f"ends the same. {caption(record)}."
+    )
+    rows = table(
+        {
+            "graph": key,
+            "entities": row["entities"],
+            **{name: f"{row[name]:.4f}" for name in ("precision", "recall", "f1")},
+        }
+        for key, row in record["plans"].items()
+    )
+    return [lead, rows]
+
+
 def plan_cells(model, name, row):
     """One plan: what it was built from and how, what it holds, and for which GPU."""
     counts = {what: ", ".join(f"{n} {p}" for p, n in found.items()) for what, found in row["counts"].items()}

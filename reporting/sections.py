@@ -82,6 +82,8 @@ def details(model):
         ("complexity", "Complexity", lambda m: complexity.summary(m) + complexity.details(m)),
         ("complexity", "Measured on a GPU", thresholds.measured),
         ("precisions", "Every precision", thresholds.precisions),
+        ("entities", "Entities", quality.entities),
+        ("ablation", "What keeps INT8 close", quality.ablation),
         ("sensitivity", "Search for INT8", quality.search),
     )
     parts = [

@@ -168,6 +168,19 @@ def write_sensitivity(folder, model):
     write(folder, "sensitivity", record(model, **content))
 
 
+def write_entities(folder, model):
+    row = {"entities": 9, "precision": 0.5, "recall": 1.0, "f1": 0.6667, "holds": False}
+    write(folder, "entities", record(model, plans={"TRT_INT8": row}, texts={"file": "texts.txt", "count": 7}))
+
+
+def write_ablation(folder, model):
+    rows = [
+        {"ways": way, "int8_flops_share": 1.0, "mean_cosine": 0.99, "relative_l2_error": error}
+        for way, error in (("a", 0.5), ("b", 0.05))
+    ]
+    write(folder, "ablation", record(model, rows=rows, measured={"file": "texts.txt", "texts": 128}))
+
+
 def write_verdicts(folder, model, **facts):
     def share(value):
         return {"value": value, "low": value - 0.01, "high": value}

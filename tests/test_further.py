@@ -11,7 +11,7 @@ import compile_check
 import quantize
 from core import files, onnx_runtime, repository
 from core.tables import FURTHER, MODELS, PRECISIONS
-from precision import int8_check, int8_recipes
+from precision import int8_check, int8_rounding
 from roofline.gpus import having
 from serving import ask, build, one_pass, server
 
@@ -48,7 +48,7 @@ def test_fp8_is_emulated_as_ml_dtypes_rounds_and_saturates():
     found = onnx_runtime.open_session(identity_graph(nodes, constants)).run(None, {"x": values})[0]
     inside = np.clip(values / SCALE, -448, 448)  # ml_dtypes makes a NaN of what is too large
     assert np.array_equal(found, inside.astype(zero.dtype).astype(np.float32) * SCALE)
-    rounded = int8_recipes.round_values(values, SCALE, int8_recipes.FP8)
+    rounded = int8_rounding.round_values(values, SCALE, int8_rounding.FP8)
     assert np.array_equal(rounded, found)  # what the search takes for FP8 is what is executed
 
 

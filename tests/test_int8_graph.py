@@ -8,7 +8,7 @@ from onnx import TensorProto, helper, numpy_helper
 from core.repository import tokenizer_path
 from core.tables import ATTENTION_MASK, INPUT_IDS
 from core.tokens import encode, load_tokenizer
-from precision import int8_graph, int8_search
+from precision import int8_graph, int8_search, surgery
 from precision.int8_check import check_quantization
 from tasks.table import TASKS
 
@@ -86,13 +86,15 @@ def test_check_takes_a_gemm_with_its_weight_transposed():
 def test_smoothing_alone_changes_nothing(exported):
     """With steps too fine to matter, the smoothed graph answers as the reference: the surgery is exact."""
     reference = onnx.load(exported.repository / "model_ONNX/1/model.onnx")
-    index, random = int8_graph.GraphIndex(reference), np.random.default_rng(0)
+    index, random = surgery.GraphIndex(reference), np.random.default_rng(0)
     weights, recipes, places = int8_graph.matmul_weights(reference), {}, set()
     for tensor, names in int8_graph.matmul_groups(reference).items():
         width = len(weights[names[0]])
         recipe = {"offsets": random.normal(size=width).astype(np.float32) / 10, "weights": {}, "mean_errors": {}}
         recipe |= {"factors": random.uniform(0.5, 2, size=width).astype(np.float32), "scale": np.float32(0.1)}
+        recipe |= {"outliers": np.array([1, width - 1]), "rows": {}}
         for name in names:
+            recipe["rows"][name] = (weights[name] * recipe["factors"][:, None])[recipe["outliers"]]
             recipe["weights"][name] = (np.zeros(weights[name].shape, np.int8), np.ones(weights[name].shape[1]))
             recipe["mean_errors"][name] = -recipe["offsets"] @ weights[name]
         recipes[tensor] = recipe
@@ -112,12 +114,13 @@ def bypass_quantization(graph, weights, recipes):
     """Read each activation before its Q/DQ, and each weight, multiplied by its factors, in float32."""
     producer = {output: node for node in graph.graph.node for output in node.output}
     scales = {i.name: numpy_helper.to_array(i) for i in graph.graph.initializer}
-    factors = {name: recipe["factors"] for recipe in recipes.values() for name in recipe["weights"]}
+    factors, outliers = ({n: r[key] for r in recipes.values() for n in r["weights"]} for key in ("factors", "outliers"))
     for node in graph.graph.node:
         if node.name in weights:
             source = producer[producer[node.input[0]].input[0]]
             node.input[0] = source.input[0]
             step = scales[producer[node.input[1]].input[1]]  # one, or one over the next MatMul's factors
             weight = weights[node.name] * factors[node.name][:, None] * step
+            weight[outliers[node.name]] = 0  # a MatMul of their own has them
             node.input[1] = f"{node.name}/float"
             graph.graph.initializer.append(numpy_helper.from_array(weight.astype(np.float32), node.input[1]))

@@ -80,7 +80,7 @@ def test_sensitivity_has_every_matmul_and_a_reason(exported):
     assert all(row["why"] for row in record["matmuls"])
     assert all(0 < row["relative_l2_error"] < 0.1 for row in record["matmuls"] if row["int8"])
     shares = [point["int8_flops_share"] for point in record["curve"]]
-    assert shares == sorted(shares, reverse=True) and shares[0] > 0.99 and shares[-1] < 0.3
+    assert shares == sorted(shares, reverse=True) and shares[0] > 0.98 and shares[-1] < 0.3
     assert record["curve"][-1]["relative_l2_error"] < record["curve"][0]["relative_l2_error"]
 
 
@@ -96,7 +96,7 @@ def test_in_no_time_all_in_int8_are_measured_and_taken_where_they_meet_the_targe
     succeed("quantize.py", "--only", "INT8", "--repository", folder, *options)
     assert (folder / GRAPHS["INT8"]).is_file()
     record = sensitivity(SimpleNamespace(results=tmp_path))
-    assert record["time_was_over"] and len(record["curve"]) == 1 and record["int8_flops_share"] > 0.99
+    assert record["time_was_over"] and len(record["curve"]) == 1 and record["int8_flops_share"] > 0.98
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_quick_measures_no_sensitivity_where_all_in_int8_meet_the_target(exporte
     options = ("--repository", folder, "--results", tmp_path, "--quick", "--only", "INT8", "--target-cosine", 0.9)
     succeed("quantize.py", *options)
     record = sensitivity(SimpleNamespace(results=tmp_path))
-    assert record["texts"]["selection"] == 8 and record["int8_flops_share"] > 0.99 and not record["time_was_over"]
+    assert record["texts"]["selection"] == 8 and record["int8_flops_share"] > 0.98 and not record["time_was_over"]
     assert all(row["relative_l2_error"] is None for row in record["matmuls"])
 
 

@@ -113,6 +113,16 @@ def test_matmuls_stand_in_the_tables_of_their_model_alone(place):
     assert "| `layer.0/MatMul`, `layer.1/MatMul` | 50.00% |" in (place.folder / "tables.md").read_text()
 
 
+def test_each_way_of_keeping_int8_close_is_a_row(place):
+    data.write_ablation(place.folder, place.model)
+    data.write_entities(place.folder, place.model)
+    written(place)
+    text = (place.folder / "tables.md").read_text()
+    assert "| b | 100.0% | 5.0% | 0.99000 |" in text and "128 texts of texts.txt" in text
+    assert "| TRT_INT8 | 9 | 0.5000 | 1.0000 | 0.6667 |" in text
+    assert (place.folder / "ablation.png").is_file()
+
+
 def test_the_table_of_plans_says_how_each_was_built(place):
     plan = {
         "built_as": "typed", "plain_int8": False, "graph": "model_TRT_FP16/1/model.onnx", "tf32": "off",

@@ -96,6 +96,12 @@ def test_every_target_is_computed_from_its_record(model):
         assert row["what"].startswith(what) and (row["measured"], row["met"]) == (measured, met), row
 
 
+def test_a_speed_is_shown_as_if_serving_cost_nothing(model):
+    shown = [row["if serving cost nothing"] for row in (targets.row(target, model) for target in targets.TARGETS)]
+    assert shown[:3] == ["4.29 / 5.71 / 6.43", "2.22 / 2.22 / 1.67", "1.11 / 2.22 / 3.33"]
+    assert shown[5] == "1.75 / 3.75 / 4.50" and not any(shown[3:5] + shown[6:])
+
+
 def test_what_has_no_record_is_not_measured(model):
     for row in (targets.row(target, dict.fromkeys(model)) for target in targets.TARGETS):
         assert row["measured"] == row["met"] == "not measured", row

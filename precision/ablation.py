@@ -1,0 +1,105 @@
+"""What each way of keeping INT8 close brings: one added after another, with all MatMuls in INT8.
+
+Reads:  --repository: graph, record and tokenizer of an export; the texts that calibrate, and those that measure.
+Writes: results/<model>/<machine>/ablation.json.
+Run:    python -m precision.ablation --repository build/NAME
+Prints: one line per row of the table: share in INT8, mean cosine, relative L2 error.
+"""
+
+import sys
+from pathlib import Path
+
+from core.arguments import make_parser
+from core.files import REPOSITORY, RESULTS, TEXTS, read_texts, split_texts, spread, write_json
+from core.record import environment_record, results_folder
+from core.repository import graph_path, read_card, read_graph, tokenizer_path, weight_matmuls
+from core.tables import REFERENCE
+from core.tokens import encode, load_tokenizer
+from precision.calibration import load_texts
+from precision.int8_graph import flops_share, insert_int8, outlier_counts
+from precision.int8_recipes import WAYS, candidate_matmuls, find_recipes, naive_recipes
+from precision.int8_search import measure, run_graph
+from tasks.examples import examples
+from tasks.table import TASKS
+
+SELECTION_TEXTS = 32
+ADDED = {
+    "second_order": "second-order rounding",
+    "outliers": "outlier channels in floating point",
+}
+ROWS = {"largest values as ranges": None, "smoothing, ranges by error, bias correction": ()} | {
+    f"+ {ADDED[way]}": WAYS[: i + 1] for i, way in enumerate(WAYS)
+}
+
+
+def measuring_texts(args):
+    """Texts that neither calibrate nor select."""
+    if not args.texts:
+        return spread(split_texts(read_texts(TEXTS))[1], args.max_texts)
+    used = read_texts(args.calibration_texts) if args.calibration_texts else split_texts(read_texts(TEXTS))[0]
+    texts = read_texts(args.texts, "--texts")
+    both = set(texts) & set(used)
+    if both:
+        raise SystemExit(
+            f"{args.texts}: expected texts that do not calibrate, found {len(both)} that do; leave them out"
+        )
+    return spread(texts, args.max_texts)
+
+
+def measure_rows(reference, parts, seed, encoded, task):
+    """[{"ways", "int8_flops_share", "mean_cosine", "relative_l2_error"}] of ROWS, each printed when done."""
+    expected, shapes, rows = run_graph(reference, encoded, task), weight_matmuls(reference), []
+    for title, ways in ROWS.items():
+        if ways is None:
+            recipes = naive_recipes(reference, parts["calibration"], seed)
+        else:
+            recipes = find_recipes(reference, parts["calibration"], parts["held_out"], seed, ways=ways)
+        names = candidate_matmuls(reference, recipes)
+        row = {"ways": title, "int8_flops_share": flops_share(names, shapes, outlier_counts(recipes))}
+        row |= measure(insert_int8(reference, recipes, set(names)), expected, encoded, task)
+        rows.append(row)
+        quality = "not finite"
+        if row["mean_cosine"] is not None:
+            quality = f"cosine {row['mean_cosine']:.5f}, relative L2 {row['relative_l2_error']:.2%}"
+        print(f"{title:50} {row['int8_flops_share']:6.1%} in INT8, {quality}", flush=True)
+    return rows
+
+
+def parse_args():
+    parser = make_parser(__doc__)
+    parser.add_argument("--calibration-texts", type=Path, help="as of quantize.py")
+    parser.add_argument(
+        "--texts", type=Path, help="that measure, one a line (default: the half that may not calibrate)"
+    )
+    parser.add_argument("--max-texts", type=int, help="measure with this many, evenly spread")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--repository", type=Path, default=REPOSITORY)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    if args.max_texts is not None and args.max_texts < 1:
+        parser.error("--max-texts: expected at least 1")
+    return args
+
+
+def main():
+    args = parse_args()
+    card = read_card(args.repository)
+    if card["task"] not in TASKS:
+        raise SystemExit(f"{args.repository}: expected a task with INT8, found {card['task']}; it has FP16 alone")
+    reference, tokenizer = (
+        read_graph(graph_path(args.repository, REFERENCE)),
+        load_tokenizer(tokenizer_path(args.repository)),
+    )
+    parts, facts = load_texts(args.calibration_texts, tokenizer, card, SELECTION_TEXTS)
+    texts = measuring_texts(args)
+    encoded = encode(tokenizer, examples(card, texts), card["inputs"])
+    rows = measure_rows(reference, parts, args.seed, encoded, TASKS[card["task"]])
+    record = {"model": card, "environment": environment_record(), "texts": facts, "seed": args.seed, "rows": rows}
+    record["measured"] = {"file": (args.texts or TEXTS).name, "texts": len(texts)}
+    path = results_folder(args.results, card) / "ablation.json"
+    write_json(path, record)
+    print(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""Rounding of weights: second order beats nearest on correlated activations, and the worst channels are found."""
+
+import numpy as np
+from conftest import run_here
+
+from core import files
+from precision import ablation
+from precision.int8_rounding import INT8, outlier_channels, round_second_order, round_values
+
+
+def correlated(random, tokens):
+    """Values of 64 channels that eight causes make, as those of a text model are correlated."""
+    return random.normal(size=(tokens, 8)) @ random.normal(size=(8, 64)) + 0.3 * random.normal(size=(tokens, 64))
+
+
+def test_second_order_rounding_beats_nearest_on_tokens_it_has_not_seen():
+    random = np.random.default_rng(0)
+    mixing = np.random.default_rng(1)
+    values, unseen = np.split(correlated(random, 1200).astype(np.float32), [1000])
+    weight = mixing.normal(size=(64, 16)).astype(np.float32)
+    scale, floating = np.abs(weight).max(axis=0) / 7, np.zeros(64, dtype=bool)
+    rounded = round_second_order(weight, scale, values, floating)
+    np.testing.assert_allclose(rounded / scale, np.rint(rounded / scale), atol=1e-4)
+    assert np.abs(rounded / scale).max() <= INT8.largest
+
+    def error(candidate):
+        return np.square(unseen @ (candidate - weight)).mean()
+
+    assert error(rounded) < 0.7 * error(round_values(weight, scale))
+    floating[:2] = True  # these two make up for what the others lose
+    with_floating = round_second_order(weight, scale, values, floating)
+    off = with_floating[:2] / scale
+    assert np.abs(off - np.rint(off)).max() > 0.1 and error(with_floating) < error(rounded)
+
+
+def test_channels_of_outliers_are_found_by_their_values_and_by_their_weights():
+    random = np.random.default_rng(0)
+    values, weight = random.normal(size=(300, 64)), random.normal(size=(64, 32))
+    values[:, 5] *= 30
+    weight[7] *= 20
+    assert set(np.flatnonzero(outlier_channels(values, weight, np.ones(32), 2))) == {5, 7}
+    assert outlier_channels(values, weight, np.ones(32), 4).sum() == 4
+
+
+def test_each_way_adds_a_row_measured_on_texts_that_do_not_calibrate(tiny, tmp_path):
+    places = ("--repository", tiny.repository, "--results", tmp_path)
+    done = run_here(ablation, *places, "--max-texts", 8)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.rglob("ablation.json")
+    record = files.read_json(path, "")
+    assert len(record["rows"]) == 4 and record["measured"]["texts"] == 8 and str(path) in done.stdout
+    assert record["rows"][-1]["relative_l2_error"] <= record["rows"][0]["relative_l2_error"]
+    done = run_here(ablation, *places, "--texts", files.TEXTS)
+    assert done.returncode == 1 and "expected texts that do not calibrate, found 128" in done.stderr
