@@ -1,6 +1,6 @@
 """Sections on what a precision does to the answers: deviations, sentence similarity, the search for INT8."""
 
-from reporting.markdown import caption, listing, number, percent, table
+from reporting.markdown import caption, listing, number, percent, relative, table
 
 EMULATED = "FP32 as TF32 (emulated)"
 
@@ -58,6 +58,27 @@ def similarity(models):
 def fidelity(row):
     """Both figures that the search's target is made of."""
     return f"{number(row['mean_cosine'], '.4f')} / {percent(row['relative_l2_error'])}"
+
+
+def kept(models):
+    """What each way of keeping INT8 close brings every model, and the share of its FLOPs that is written in INT8."""
+    shown = [m for m in models if m["ablation"]]
+    if not shown:
+        searched = [m for m in models if m["sensitivity"]][:1]
+        pictures = [f"![Quality against the share in INT8]({relative(m, 'sensitivity.png')})" for m in searched]
+        return [searches(models), *pictures]
+    rows = {}
+    for model in shown:
+        for row in model["ablation"]["rows"]:
+            rows.setdefault(row["ways"], {})[model["title"]] = fidelity(row)
+        if model["sensitivity"]:
+            share = f"{model['sensitivity']['int8_flops_share'] or 0:.1%}"
+            rows.setdefault("share of the FLOPs written in INT8", {})[model["title"]] = share
+    cells = [
+        {"all MatMuls in INT8": ways, **{m["title"]: row.get(m["title"], "") for m in shown}}
+        for ways, row in rows.items()
+    ]
+    return [table(cells), f"![Error with each further way]({relative(shown[0], 'ablation.png')})"]
 
 
 def searches(models):

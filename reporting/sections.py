@@ -43,7 +43,7 @@ def blocks(models):
             quality.similarity([m for m in models if m["sts"] and m["sts"]["pairs"]] or models),
         ],
         "complexity": of_record("complexity", "Roofline of every kind of layer", complexity.summary),
-        "int8": of_record("sensitivity", "Quality against the share in INT8", lambda _: [quality.searches(models)]),
+        "int8": quality.kept(models),
         "deploy": verdicts.deploy(models),
         "services": services.services(models),
         "survived": survived.survived(everything),

@@ -16,24 +16,66 @@ def deployable(record):
 
 
 def deploy(models):
-    """Agreement, quality and conclusion of every classifier that was studied."""
-    parts = []
-    for model in (m for m in models if m["verdicts"]):
-        record = model["verdicts"]
-        parts += [
-            f"**{model['title']}**. {origin(model)} {rule(record)}",
-            agreement_table(record),
-            conclusion(record),
-            f"![Logits of each model against those of torch]({relative(model, 'verdicts.png')})",
-        ]
-    return parts or [f"Verdicts of a classifier: {NOT_MEASURED}."]
+    """What each precision of each model keeps, and the conclusion on every classifier."""
+    rows = [row for model in models for row in (agreements(model), entities(model), similarities(model)) if row]
+    if not rows:
+        return [f"Verdicts of a classifier: {NOT_MEASURED}."]
+    parts = [table(rows)]
+    studied = [m for m in models if m["verdicts"]]
+    parts += [f"**{m['title']}**. {m['verdicts']['conclusion']['text']}. {facts(m)}" for m in studied]
+    pictures = [f"![Logits of each model against those of torch]({relative(m, 'verdicts.png')})" for m in studied]
+    return parts + pictures[:1]
+
+
+def agreements(model):
+    """A classifier's row: agreement with torch of each graph; None without a study."""
+    record = model["verdicts"]
+    return record and {
+        "model": model["title"],
+        "what is kept": f"agreement with torch, {record['data']['count']} texts",
+        **{key: interval(row["agreement"]) for key, row in record["models"].items() if key not in ("torch", "ONNX")},
+    }
+
+
+def entities(model):
+    """The row of a service that finds entities: F1 against those of FP32."""
+    record = model["entities"]
+    return record and {
+        "model": model["title"],
+        "what is kept": f"F1 against FP32's entities, {record['texts']['count']} texts",
+        **{key: f"{row['f1']:.4f}" for key, row in record["plans"].items() if key != "ONNX"},
+    }
+
+
+def similarities(model):
+    """An embedder's row: Spearman of sentence pairs, less the reference's."""
+    record = model["sts"]
+    if not (record and record["pairs"]):
+        return None
+    base = record["plans"]["ONNX"]["spearman"]
+    return {
+        "model": model["title"],
+        "what is kept": f"Spearman less the reference's, {record['pairs']['count']} pairs",
+        **{key: f"{row['spearman'] - base:+.4f}" for key, row in record["plans"].items() if key != "ONNX"},
+    }
 
 
 def details(model):
-    """The same, and how good the verdicts are."""
+    """The study of one classifier in full."""
     note = "The threshold is chosen on the texts that it is then tried on: expect less on new ones."
     record = model["verdicts"]
-    return [*deploy([model])[:-1], quality_table(record), *([note] if record["threshold"] is not None else [])]
+    parts = [
+        f"**{model['title']}**. {origin(model)} {rule(record)}",
+        agreement_table(record),
+        conclusion(record),
+        quality_table(record),
+    ]
+    return parts + ([note] if record["threshold"] is not None else [])
+
+
+def facts(model):
+    """What was asked, and where all of the study stands."""
+    return f"{origin(model)} All of it: [tables.md]({relative(model, 'tables.md')})."
 
 
 def origin(model):

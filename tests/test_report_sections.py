@@ -116,7 +116,9 @@ def test_matmuls_stand_in_the_tables_of_their_model_alone(place):
 def test_each_way_of_keeping_int8_close_is_a_row(place):
     data.write_ablation(place.folder, place.model)
     data.write_entities(place.folder, place.model)
-    written(place)
+    shown = written(place)
+    assert "| b | 0.9900 / 5.0% |" in block(shown, "int8") and "ablation.png" in block(shown, "int8")
+    assert "| F1 against FP32's entities, " in block(shown, "deploy") and "0.6667" in block(shown, "deploy")
     text = (place.folder / "tables.md").read_text()
     assert "| b | 100.0% | 5.0% | 0.99000 |" in text and "128 texts of texts.txt" in text
     assert "| TRT_INT8 | 9 | 0.5000 | 1.0000 | 0.6667 |" in text
@@ -203,11 +205,14 @@ def test_what_a_service_survived_is_counted_by_outcome(place):
 
 def test_verdicts_are_shown_with_their_conclusion_and_not_among_the_embedders(place):
     assert "Verdicts of a classifier: not measured." in written(place)
-    data.write_verdicts(place.results / "reviews" / "a-cpu", data.classifier())
+    folder = place.results / "reviews" / "a-cpu"
+    data.write_verdicts(folder, data.classifier())
     text = written(place)
-    shown = block(text, "deploy")
-    assert "**reviews**" in shown and "**Conclusion: ONNX.**" in shown and "verdicts.png" in shown
-    assert "These pass: ONNX. These do not: TRT_INT8." in shown and "answers by the same rule" in shown
+    shown, tables = block(text, "deploy"), (folder / "tables.md").read_text()
+    assert "| reviews | agreement with torch, 2 texts | 0.9800 [0.9700, 0.9800] |" in shown
+    assert "**reviews**. ONNX. " in shown and "verdicts.png" in shown
+    assert "**Conclusion: ONNX.**" in tables and "answers by the same rule" in tables
+    assert "These pass: ONNX. These do not: TRT_INT8." in tables
     assert "reviews" not in block(text, "results")
     assert report(place, "--check").returncode == 0
 
@@ -216,9 +221,8 @@ def test_a_service_with_another_rule_than_the_study_is_said(place):
     calibration = {"file": "train.tsv", "count": 96}
     folder = place.results / "reviews" / "a-cpu"
     data.write_verdicts(folder, data.classifier(), served_verdict="largest logit", calibration=calibration)
-    text = block(written(place), "deploy")
-    assert "answers by another rule, the largest logit" in text
-    assert "calibrated with 96 texts of train.tsv" in text
+    assert "calibrated with 96 texts of train.tsv" in block(written(place), "deploy")
+    assert "answers by another rule, the largest logit" in (folder / "tables.md").read_text()
 
 
 def test_training_and_verdicts_are_tied_by_their_weights_and_not_by_a_name(place):
