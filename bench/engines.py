@@ -44,11 +44,12 @@ BUILD = ROOT / "build" / "engines"
 def candidates(repository):
     """[(engine, precision)] that the repository has files of and this machine executes; the reference first."""
     precisions = {MODELS[key].precision: key for key in present(repository) if key in EMBEDDERS and key != REFERENCE}
-    found = [("onnxruntime", p) for p in (REFERENCE, *precisions) if p == REFERENCE or PRECISIONS[p].on_cpu]
+    others = [p for p in precisions if p != "FP32"]  # whose graph is the reference by another name
+    found = [("onnxruntime", REFERENCE), *(("onnxruntime", p) for p in others if PRECISIONS[p].on_cpu)]
     if reason := why_missing("openvino"):
         print(f"openvino: not measured: {reason}")
     else:
-        found += [("openvino", p) for p in (REFERENCE, *(["BF16"] if has_bf16() else []), *precisions)]
+        found += [("openvino", p) for p in (REFERENCE, *(["BF16"] if has_bf16() else []), *others)]
     if script_path(repository).is_file():
         found.append(("pytorch", REFERENCE))
     else:
