@@ -3,7 +3,7 @@
 import statistics
 
 from core.tables import ENGINES
-from reporting.markdown import caption, listing, percent, table
+from reporting.markdown import DETAILS, caption, listing, percent, relative, table
 from reporting.peers import span
 
 
@@ -65,11 +65,18 @@ def details(model):
         f"the graph's own output from ONNX Runtime in FP32 on {record['texts']['compared']} of {record['texts']['file']}. "
         f"{caption(record)}."
     )
-    parts = [lead, table(candidate(row, base) for row in rows)]
-    if "error" in base or not base["holds"]:
-        return parts
-    return [
-        *parts,
-        "Which engine serves what on this machine, of those whose answers hold:",
-        table(choices(rows, base)),
-    ]
+    return [lead, table(candidate(row, base) for row in rows), *which(model)]
+
+
+def which(model, where=""):
+    """Which engine serves what; nothing where the base was not measured."""
+    rows = model["engines"]["rows"]
+    if "error" in rows[0] or not rows[0]["holds"]:
+        return []
+    lead = f"Which engine serves {model['title']} on this machine, of those whose answers hold{where}:"
+    return [lead, table(choices(rows, rows[0]))]
+
+
+def summary(models):
+    """The same for every model that was measured, for the report."""
+    return [part for m in models if m["engines"] for part in which(m, f" ([all]({relative(m, DETAILS)}))")]

@@ -45,7 +45,7 @@ def blocks(models):
         "complexity": of_record("complexity", "Roofline of every kind of layer", complexity.summary),
         "int8": quality.kept(models),
         "deploy": verdicts.deploy(models),
-        "services": services.services(models),
+        "services": services.services(models) + engines.summary(models),
         "survived": survived.survived(everything),
         "peers": peers.peers(models),
         "plans": quality.plans(models),
