@@ -120,8 +120,9 @@ def find_recipe(activations, held_out, weights, biased, form=INT8, ways=WAYS):
     outputs = [held_out @ w for w in weights.values()]
     expected = np.concatenate(outputs, axis=1)
     power = np.concatenate([np.full(o.shape[1], 1 / np.square(o).sum()) for o in outputs])
-    ways = ways if form is INT8 else ()  # FP8's steps grow with the values, and are as fine around any
-    counts = [0, OUTLIERS] if "outliers" in ways and len(weight) > MIN_CHANNELS * OUTLIERS else [0]
+    # FP8's steps grow with the values: outliers harm no others, and offsets bring nothing
+    outliers = form is INT8 and "outliers" in ways and len(weight) > MIN_CHANNELS * OUTLIERS
+    counts = [0, OUTLIERS] if outliers else [0]
 
     def best_with(outliers):
         best, chosen, least = None, 1.0, np.inf
@@ -133,7 +134,8 @@ def find_recipe(activations, held_out, weights, biased, form=INT8, ways=WAYS):
                     best, chosen, least = candidate, candidate.clip, error
         best.clip = chosen
         if "second_order" in ways:
-            best.rounded = round_second_order(best.weight, best.weight_scale, best.values(activations), best.floating)
+            values = best.values(activations)
+            best.rounded = round_second_order(best.weight, best.weight_scale, values, best.floating, form)
         return best, best.error(held_out, expected, power)
 
     (best, error), *others = map(best_with, counts)
@@ -153,9 +155,8 @@ def write_recipe(candidate, activations, weights):
     for name, own in weights.items():
         columns = slice(start, start + own.shape[1])
         scale = candidate.weight_scale[columns]
-        rounded = (
-            np.where(floating[:, None], 0, candidate.rounded[:, columns]) / scale
-        )  # on the form's grid but for the division
+        # on the form's grid but for the division
+        rounded = np.where(floating[:, None], 0, candidate.rounded[:, columns]) / scale
         rounded = (np.rint(rounded) if candidate.form is INT8 else rounded).astype(candidate.form.dtype)
         recipe["weights"][name] = (rounded, scale)
         recipe["rows"][name] = candidate.rounded[floating, columns]

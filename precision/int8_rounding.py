@@ -22,8 +22,8 @@ def round_values(values, scale, form=INT8):
     return (np.rint(values) if form is INT8 else values.astype(form.dtype).astype(np.float32)) * scale
 
 
-def round_second_order(weight, scale, values, floating):
-    """(weight with its rows rounded to multiples of `scale`, those of `floating` changed but not rounded).
+def round_second_order(weight, scale, values, floating, form=INT8):
+    """(weight with its rows rounded to numbers of the form times `scale`, those of `floating` changed but not rounded).
 
     weight: float32 [in, out], scale: [out]; values: what the MatMul reads, [tokens, in]; floating: bool [in]. Of the
     mean of the outputs nothing is made up for: the bias takes it.
@@ -38,7 +38,7 @@ def round_second_order(weight, scale, values, floating):
         stop = min(start + BLOCK, end)
         errors = np.empty((stop - start, weight.shape[1]), np.float32)
         for i in range(start, stop):
-            found[i] = round_values(rest[i], scale)
+            found[i] = round_values(rest[i], scale, form)
             errors[i - start] = (rest[i] - found[i]) / factor[i, i]
             rest[i + 1 : stop] -= np.outer(factor[i, i + 1 : stop], errors[i - start])
         rest[stop:] -= factor[start:stop, stop:].T @ errors
