@@ -8,6 +8,7 @@ parameters INTRA_OP_THREAD_COUNT and DISABLE_OPTIMIZED_EXECUTION.
 import os
 import re
 import sys
+import zipfile
 from pathlib import Path
 
 # serve.sh puts graph_model.py beside this file: the server may have been started anywhere
@@ -26,10 +27,9 @@ class TritonPythonModel(GraphModel):
 
         if threads := int(settings.get("INTRA_OP_THREAD_COUNT", 0)):
             torch.set_num_threads(threads)
-        if path.suffix == ".pt2":
-            script = torch._inductor.aoti_load_package(str(path))
-        else:
-            script = torch.jit.load(path, map_location="cpu").eval()
+        if not path.is_file():
+            raise ValueError("no such file")
+        script = load_package(path) if path.suffix == ".pt2" else torch.jit.load(path, map_location="cpu").eval()
         order = sorted(self.inputs, key=number_of)
         outputs = list(map(number_of, self.outputs))
         optimized = settings.get("DISABLE_OPTIMIZED_EXECUTION", "false").lower() != "true"
@@ -43,6 +43,28 @@ class TritonPythonModel(GraphModel):
             return [found[number].numpy() for number in outputs]
 
         return compute
+
+
+def load_package(path):
+    """A function that executes a package of AOTInductor; a file that is none, and a failed run, are told in one line."""
+    import torch
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile:
+        raise ValueError("a file that is cut short, or no package of AOTInductor") from None
+    if not any("data/aotinductor/" in name for name in names):
+        raise ValueError("an archive without code that AOTInductor compiled")
+    package = torch._inductor.aoti_load_package(str(path))
+
+    def run(*tensors):
+        try:
+            return package(*tensors)
+        except RuntimeError as error:  # a stack of C++ calls follows
+            raise ValueError(str(error).splitlines()[0]) from None
+
+    return run
 
 
 def number_of(name):
