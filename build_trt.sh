@@ -125,7 +125,7 @@ read_version() {
     major=$((version / 10000))
     rm -f "$log"
   fi
-  [ "$major" -ge 10 ] || fail "${trtexec[*]}: expected TensorRT 10 or later, found version $version; use --docker"
+  [ "$major" -ge 10 ] || fail "${trtexec[*]}: expected TensorRT 10 or later, found version $version; use --docker$(module serving.ask needs "${precisions[@]}")"
   [ -z "$plain" ] || [ "$major" -eq 10 ] || fail "--plain-int8: expected TensorRT 10, found $major, whose trtexec has no precision flags"
   [ -z "$plain" ] || build_options=(--plain)
 }

@@ -244,14 +244,14 @@ def parse_args():
         parser.error(f"--labels: expected a task with classes with it, found --task {args.task}")
     if args.hidden_state and args.task != "sentence-embedding":
         parser.error(f"--hidden-state: expected --task sentence-embedding with it, found {args.task}")
-    if args.torchscript and (args.task == OWN or args.task in GENERATION):
-        parser.error(f"--torchscript: expected a service of an encoder task with it, found --task {args.task}")
     if args.task == OWN:
         args.repository = args.repository or REPOSITORY
         if args.repository.resolve() == REPOSITORY:
             args.assets = args.assets or ASSETS
     elif args.random_weights or args.packaged_if_offline or args.assets:
         parser.error(f"--random-weights, --packaged-if-offline, --assets: expected --task {OWN} with them")
+    if args.torchscript and (args.task in GENERATION or args.assets):
+        parser.error("--torchscript: expected an encoder task and a --repository of its own with it, found another")
     return args
 
 

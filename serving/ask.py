@@ -16,6 +16,8 @@ from core.files import read_json, sha256
 from core.tables import FURTHER, IMAGE, MODELS, PINNED_TENSORRT, PRECISIONS, REFERENCE, SERVED, model_key
 from tasks.table import ALIASES, GENERATION, TASKS, served_precisions
 
+SMS = (75, 80, 86, 89, 90, 100, 120)  # of GPUs with tensor cores: ten times the compute capability
+
 
 def how_built(precision, major, typed=False, plain=False):
     """(key of the model whose graph is built, trtexec's flags, "flags" or "typed").
@@ -35,6 +37,16 @@ def build_line(args):
     key, flags, built_as = how_built(args.precision, args.major, args.typed, args.plain)
     folder = f"{MODELS[model_key(args.precision)].name}/1"
     return " ".join((built_as, f"{MODELS[key].name}/1/model.onnx", folder, *flags))
+
+
+def needs_line(args):
+    """What builds and executes those of the asked precisions that not every TensorRT and GPU has; "" where none is asked."""
+    found = []
+    for precision in (p for p in FURTHER if p in args.precisions):
+        capability = round(10 * PRECISIONS[precision].capability)
+        having = ", ".join(str(sm) for sm in SMS if sm >= capability)
+        found.append(f"; {precision} takes TensorRT 10 or later and a GPU of SM {having}")
+    return "".join(found)
 
 
 def mount_option(args):
@@ -98,7 +110,8 @@ def check_manifest(args):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(
-        required=True, metavar="image | tensorrt | precisions | further | models | build | mount | source | manifest"
+        required=True,
+        metavar="image | tensorrt | precisions | further | models | build | needs | mount | source | manifest",
     )
     for name, answer in (
         ("image", IMAGE),
@@ -116,6 +129,9 @@ def parse_args():
     build.add_argument("--typed", action="store_true")
     build.add_argument("--plain", action="store_true")
     build.set_defaults(run=build_line)
+    needs = commands.add_parser("needs", help="what the further ones of some precisions need")
+    needs.add_argument("precisions", nargs="+", choices=(*SERVED, *FURTHER))
+    needs.set_defaults(run=needs_line)
     mount = commands.add_parser("mount", help="the value of docker's --mount")
     mount.add_argument("source")
     mount.add_argument("target")

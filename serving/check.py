@@ -36,7 +36,17 @@ from core.repository import (
     site_packages,
     tokenizer_path,
 )
-from core.tables import ATTENTION_MASK, EMBEDDERS, GRAPH, MAX_BATCH_SIZE, MODELS, NAMES, PINNED_TENSORRT, REFERENCE
+from core.tables import (
+    ATTENTION_MASK,
+    EMBEDDERS,
+    GRAPH,
+    MAX_BATCH_SIZE,
+    MODELS,
+    NAMES,
+    PINNED_TENSORRT,
+    REFERENCE,
+    TORCH,
+)
 from core.tokens import encode, load_tokenizer
 from serving import configs, generation, graph_configs
 from serving.plans import check_plan, check_served_plans
@@ -55,11 +65,19 @@ def served_keys(repository):
     return [key for key in MODELS if key in there or (is_own(repository) and key in EMBEDDERS)]
 
 
+def answering_keys(card, keys):
+    """Keys of the models through which a service answers: the task's own through all that it has."""
+    key = answering_key(card["service"])
+    if card["task"] != OWN:
+        return [key]
+    return [*keys, TORCH] if key == TORCH else keys
+
+
 def expected_configs(repository, card, warmup_length):
     """The configs that a repository with this record has to have."""
     task, service = TASKS[card["task"]], card["service"]
     batch, keys = service.get("max_batch_size", MAX_BATCH_SIZE), served_keys(repository)
-    answering = keys if card["task"] == OWN else [answering_key(service)]
+    answering = answering_keys(card, keys)
     found = [configs.tokenizer_config(card, batch)]
     if task.windows:
         found += [configs.service_config(service["name"], card, batch)]
@@ -180,7 +198,8 @@ def check_repository(repository, plans=False, read=None):
     for key in keys if plans else ():
         if engine_of(repository, card, key) == "tensorrt":
             check_plan(repository, key, card["reference_sha256"], gpu_record(), PINNED_TENSORRT)
-    answering = f"{len(keys)} models" if card["task"] == OWN else NAMES[answering_key(service)]
+    answering = answering_keys(card, keys)
+    answering = f"{len(answering)} models" if card["task"] == OWN else NAMES[answering[0]]
     length = f"length {card['max_length']}" if card["fixed_length"] else f"length up to {card['max_length']}"
     return f"{service['name']} answers through {answering}, {length}, up to {service['max_batch_size']} texts a request"
 
@@ -254,7 +273,7 @@ def check_generating(repositories):
         )
 
 
-def check_engine(repository, plans):
+def check_engine(repository, plans=False):
     """Exit where this machine has not what executes a service's graphs; the container has its own."""
     engine = (read_card(repository).get("service") or {}).get("engine")
     if not plans and (reason := why_missing(engine)):

@@ -23,7 +23,7 @@ from core.runner import packed_inputs
 from core.tables import CPU_PRECISIONS, HIDDEN_STATE, ONE_PASS_BATCH_SIZE, PACKED_FILE, PRECISIONS, REFERENCE, model_key
 from core.tokens import load_tokenizer
 from serving import generation
-from serving.check import check_all
+from serving.check import check_all, check_engine
 from serving.configs import config_text, service_config
 from serving.repository import write_file, write_service
 from tasks.table import GENERATION, OWN
@@ -143,6 +143,8 @@ def main():
     for number, repository in enumerate(args.repository, 1):
         folder = (args.output / str(number)).resolve()
         said = write_one_pass(repository, folder, args.precision, args.engine)
+        if not said:
+            check_engine(repository)
         print(folder if said else repository)
         if said:
             print(said, file=sys.stderr)

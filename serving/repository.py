@@ -29,6 +29,7 @@ from core.repository import (
     check_choice,
     check_name,
     graph_path,
+    is_own,
     own_record,
     read_card,
     script_path,
@@ -104,7 +105,7 @@ def write_repository(repository, **service):
     service = {"precision": REFERENCE, "max_batch_size": MAX_BATCH_SIZE} | before | service
     card["service"] = {key: value for key, value in service.items() if value is not None}
     name = check_name(card["service"]["name"], repository)
-    if card["task"] != OWN:
+    if card["task"] != OWN or card["service"].get("engine"):
         check_choice(repository, card["service"])
     tokenizer = load_tokenizer(tokenizer_path(repository))
     feeds = encode(tokenizer, examples(card, [WARMUP_TEXT]), card["inputs"])
@@ -261,8 +262,12 @@ def main():
     given = {key: value for key, value in given.items() if value is not None}
     card = read_card(args.repository)
     before = card.get("service") or {}
-    if args.engine in ON_CPU and (card["task"] == OWN or generation.is_generation(card)):
+    if args.engine in ON_CPU and generation.is_generation(card):
         raise SystemExit(f"--engine {args.engine}: expected a service of an encoder task, found {card['task']}")
+    if args.engine in ON_CPU and is_own(args.repository) and not args.output:
+        raise SystemExit(
+            f"--engine {args.engine}: expected --output with it, as the task's own five stay; name a folder"
+        )
     where = args.output or args.repository
     if args.output:
         precision = given.pop("precision", before.get("precision", REFERENCE))

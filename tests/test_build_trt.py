@@ -163,6 +163,14 @@ def test_known_causes_are_said_in_one_line(place, error, words):
     assert done.returncode == 1 and words in done.stderr
 
 
+@pytest.mark.parametrize("precision", ["FP8", "BEST"])
+def test_an_older_tensorrt_is_refused_with_what_has_fp8(tmp_path, precision):
+    done = build(tmp_path, "--dry-run", "--only", precision, STANDIN_VERSION="8601")
+    assert done.returncode == 1 and "expected TensorRT 10 or later, found version 8601; use --docker" in done.stderr
+    said = "; FP8 takes TensorRT 10 or later and a GPU of SM 89, 90, 100, 120"
+    assert done.stderr.rstrip().endswith(said) == (precision == "FP8"), done.stderr
+
+
 def test_an_unusable_trtexec_is_not_replaced_in_silence(place):
     done = build(place, "--dry-run", TRTEXEC="/nowhere/trtexec")
     assert done.returncode == 1 and "/nowhere/trtexec" in done.stderr

@@ -1,6 +1,7 @@
 """OpenVINO and PyTorch as engines of a service: configs, the stand-ins' rules, and both through the real server."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -8,16 +9,23 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT, copy_project, link_copy, run, run_here, start_server, succeed
+from conftest import ROOT, copy_project, link_copy, post, run, run_here, start_server, succeed
+from test_tasks_readme import alike
+from tiny_tasks import LABELS, save_tiny
 
+import quantize
 import torch2onnx
 import verdicts
 from core import engines, files
-from core.repository import graph_path, read_card, script_path
-from serving import check, server
+from core.onnx_runtime import open_session
+from core.repository import answering_key, graph_path, read_card, script_path
+from core.tables import NAMES
+from serving import check, one_pass, server
 from serving import repository as writer
 from serving.graph_configs import openvino_config
 from serving.server import executed_by
+from tasks.examples import examples
+from tasks.table import OWN, TASKS
 
 CARD = {
     "task": "classification",
@@ -54,7 +62,6 @@ def served(scripted):
 
 
 def logits_of_onnx(repository, text):
-    from core.onnx_runtime import open_session
     from core.repository import tokenizer_path
     from core.tokens import encode, load_tokenizer
 
@@ -143,6 +150,8 @@ def test_an_engine_that_a_service_cannot_have_is_named(tiny, tmp_path):
     assert "engine" not in read_card(tiny.repository)["service"]
     done = run_here(writer, "--repository", ROOT / "model_repository", "--engine", "openvino")
     assert done.returncode == 1 and "Traceback" not in done.stderr
+    done = run_here(torch2onnx, "--model", tiny.checkpoint, "--torchscript")
+    assert done.returncode == 2 and "a --repository of its own" in done.stderr
 
 
 def test_an_engine_whose_package_is_missing_is_named(tiny, tmp_path, monkeypatch):
@@ -151,6 +160,9 @@ def test_an_engine_whose_package_is_missing_is_named(tiny, tmp_path, monkeypatch
     assert done.returncode == 0, done.stderr
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
     refuse(repository, "--engine openvino: expected the package openvino", "requirements-openvino.txt")
+    monkeypatch.setattr(one_pass, "write_one_pass", lambda *_: None)  # as of a service with a second output
+    done = run_here(one_pass, "--repository", repository, "--output", tmp_path / "models")
+    assert done.returncode == 1 and "--engine openvino: expected the package openvino" in done.stderr
 
 
 # --- OpenVINO ------------------------------------------------------------------------
@@ -206,33 +218,80 @@ def test_what_the_compiled_backend_refuses_is_refused(stand_in):
     assert stand_in.options({"HINT_BF16": "YES"})["INFERENCE_PRECISION_HINT"] == "bf16"
 
 
-@pytest.mark.skipif(not os.environ.get("EXAMPLES"), reason="installs openvino: ./test.sh --examples")
-def test_openvino_answers_through_the_server_in_fp32_and_in_bf16(tiny, tmp_path):
-    project = copy_project(tmp_path / "project")
+# --- every task through both, model by model ------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory):
+    """serve.sh beside an environment with openvino: this one, or one that is made for it."""
+    if importlib.util.find_spec("openvino"):
+        return ROOT / "serve.sh"
+    if not os.environ.get("EXAMPLES"):
+        pytest.skip("installs openvino: ./test.sh --examples")
+    project = copy_project(tmp_path_factory.mktemp("project"))
     (project / ".venv").unlink()
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", project / ".venv"], check=True)
     (packages,) = project.glob(".venv/lib/python*/site-packages")
     (packages / "others.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")))
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", packages]
     subprocess.run([*pip, "-r", ROOT / "serving/requirements-openvino.txt"], check=True)
-    found = {}
-    for precision in ("ONNX", "BF16") if engines.has_bf16() else ("ONNX",):
-        repository = link_copy(tiny.repository, tmp_path / precision / "tiny")
-        done = run_here(writer, "--repository", repository, "--engine", "openvino", "--precision", precision)
+    return project / "serve.sh"
+
+
+def make_service(task, folder):
+    """A tiny service of a task, with a graph in INT8 and a TorchScript."""
+    labels = {"id2label": dict(enumerate(LABELS)), "label2id": {name: i for i, name in enumerate(LABELS)}}
+    model = save_tiny(folder / "checkpoint", TASKS[task].auto_model, **(labels if TASKS[task].labelled else {}))
+    places = ("--repository", folder / "service", "--results", folder / "results")
+    options = ("--task", task, "--model", model, "--torchscript", "--no-packed", "--dynamic-length")
+    for done in (
+        run_here(torch2onnx, *options, *places),
+        run_here(quantize, "--naive", "--precisions", "INT8", *places),
+    ):
         assert done.returncode == 0, done.stderr
-        done, (http, _) = start_server(repository, path="ensemble", script=project / "serve.sh")
+    return folder / "service"
+
+
+# engine, precision, words of what executes it, largest relative L2 error
+CHOICES = [
+    ("openvino", "ONNX", "OpenVINO, CPU", 1e-5),
+    ("openvino", "BF16", "OpenVINO, CPU, BF16", 0.05),
+    ("openvino", "INT8", "OpenVINO, CPU", 0.15),
+    ("pytorch", "ONNX", "PyTorch, CPU", 1e-5),
+]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_answers_through_openvino_and_torch_as_through_onnx(task, script, tmp_path):
+    repository, row, answers = make_service(task, tmp_path), TASKS[task], []
+    card, session = read_card(repository), open_session(graph_path(repository, "ONNX"))
+    asked = examples(card, [*files.read_texts(files.TEXTS)[:3], "naïve café", "word " * 900])
+    body = dict(zip(row.takes, asked[0] if isinstance(asked[0], tuple) else asked[:1], strict=True))
+    for engine, precision, words, largest in CHOICES:
+        if precision == "BF16" and not engines.has_bf16():
+            continue
+        done = run_here(writer, "--repository", repository, "--engine", engine, "--precision", precision)
+        assert done.returncode == 0, done.stderr
+        key = answering_key(read_card(repository)["service"])
+        done, (http, _) = start_server(repository, path="ensemble", script=script)
         assert done.returncode == 0, done.stderr
         url = f"127.0.0.1:{http}"
         try:
-            for text in TEXTS:
-                logits = server.infer("tiny", server.text_tensor([text]), ["LOGITS"], url)["LOGITS"]
-                tolerance = 1e-5 if precision == "ONNX" else 0.1
-                np.testing.assert_allclose(logits, logits_of_onnx(repository, text), atol=tolerance, err_msg=text)
-            together = server.infer("tiny", server.text_tensor(TEXTS[:8]), ["LOGITS"], url)["LOGITS"]
-            found[precision] = executed_by(server.read_config("model_ONNX", url, "http")), together
+            assert executed_by(server.read_config(NAMES[key], url, "http")) == words
+            for texts in (asked[:1], asked):  # of one length and of several
+                feeds = server.infer("tokenizer", server.text_tensor(texts, row.takes), card["inputs"], url)
+                for name in card["outputs"]:
+                    found = server.infer_graph(key, card, feeds, name, url)
+                    expected = session.run([name], feeds)[0]
+                    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+                    assert error < largest and (error > 1e-4) == (largest > 1e-4), (engine, precision, name)
+                    if precision == "ONNX":
+                        np.testing.assert_allclose(found, expected, atol=1e-4)
+            status, answer = post(SimpleNamespace(http=url), "service/generate", body)
+            assert status == 200, answer
+            # the task's own answers through all of its models
+            own = {n.removesuffix(f"_{key}"): v for n, v in answer.items() if task != OWN or n.endswith(f"_{key}")}
+            answers += [json.dumps(own)] if precision == "ONNX" else []
         finally:
-            run(project / "serve.sh", "stop", "--http-port", http)
-    assert found["ONNX"][0] == "OpenVINO, CPU"
-    if "BF16" in found:
-        assert found["BF16"][0] == "OpenVINO, CPU, BF16"
-        assert np.abs(found["BF16"][1] - found["ONNX"][1]).max() > 1e-4  # it is another arithmetic
+            run(script, "stop", "--http-port", http)
+    assert len(answers) == 2 and alike(*answers), answers

@@ -1,5 +1,6 @@
 """Any models beside the project's: an environment of their own, what is wrong with one, and that the others serve."""
 
+import importlib.util
 import io
 import json
 import shutil
@@ -71,9 +72,16 @@ def test_the_stub_in_the_models_folder_says_its_python(tmp_path):
     assert others.stub_version(tmp_path) == "3.10"
 
 
+PYTORCH, OPENVINO = 'platform: "pytorch_libtorch"', 'backend: "openvino"'
+GRAPHS = {"no_script": PYTORCH, "other_script": PYTORCH, "no_graph": OPENVINO, "other_graph": OPENVINO}
+
+
 @pytest.fixture
 def repository(tmp_path):
-    """The example's model four times: in an environment that has the server's packages by a .pth, and in no good one."""
+    """The example's model four times: in an environment that has the server's packages by a .pth, and in no good one.
+
+    Beside it graphs that their engines do not load.
+    """
     folder = tmp_path / "repository"
     for name in ("whole", "broken", "numberless", "foreign"):
         (folder / name / "1").mkdir(parents=True)
@@ -89,6 +97,14 @@ def repository(tmp_path):
     (folder / "numberless/config.pbtxt").write_text('name: "numberless"\nbackend "python"\n')
     config = folder / "foreign/config.pbtxt"
     config.write_text(config.read_text().split("# a folder")[0].replace('"python"', '"nobody"'))
+    for name, words in GRAPHS.items():
+        (folder / name / "1").mkdir(parents=True)
+        tensors = [f'{t}put {{ name: "{t.upper()}PUT__0" data_type: TYPE_FP32 dims: [ -1 ] }}' for t in ("in", "out")]
+        (folder / name / "config.pbtxt").write_text(
+            "\n".join([f'name: "{name}"', words, "max_batch_size: 8", *tensors])
+        )
+    for name, file in (("other_script", "model.pt"), ("other_graph", "model.xml")):
+        (folder / name / "1" / file).write_bytes(b"\x08\x0a an ONNX graph")
     return folder
 
 
@@ -102,7 +118,13 @@ def test_what_cannot_be_served_is_named_and_the_others_answer(tiny, repository):
         assert status == 400 and "No module named 'nowhere_at_all'" in answer["error"]
         assert post(service, "tiny/generate", {"TEXT": "a text"})[0] == 200
         lines = dict(line.split(": ", 2)[1:] for line in done.stderr.splitlines() if line.startswith("not served"))
-        assert lines.keys() == {"broken", "numberless", "foreign"}
+        assert lines.keys() == {"broken", "numberless", "foreign", *GRAPHS}
+        assert "model.pt: expected a graph for PyTorch, found none; export it there" in lines["no_script"]
+        assert "model.xml: expected a graph for OpenVINO, found none; export it there" in lines["no_graph"]
+        assert "expected a graph that PyTorch loads, found: " in lines["other_script"]
+        missing = "No module named 'openvino'; pip install -r serving/requirements-openvino.txt"
+        there = importlib.util.find_spec("openvino")
+        assert ("expected a graph that OpenVINO loads" if there else missing) in lines["other_graph"]
         assert "expected a packed environment" in lines["broken"] and "backend 'nobody'" in lines["foreign"]
         assert "expected a Triton config" in lines["numberless"] and "torch2onnx" not in lines["numberless"]
         assert run("serve.sh", "status", "--http-port", http).returncode == 0

@@ -5,6 +5,7 @@ model's config.
 """
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,13 @@ TOKENS = ("INPUT_IDS", "ATTENTION_MASK", "TOKEN_TYPE_IDS")
 
 
 class GraphModel:
-    """A backend sets `title`, `file`, and `outside`, the words of its engine for an id outside the vocabulary."""
+    """A backend sets `title`, `file`, and `outside`, the words of its engine for an id outside the vocabulary.
+
+    `requirements`: the file that names its package.
+    """
 
     outside = "out of data bounds"
+    requirements = "requirements.txt"
 
     def open(self, path, config, settings):
         """A function from {input: array} to the outputs in the config's order; settings: the config's parameters."""
@@ -40,13 +45,20 @@ class GraphModel:
         self.batches = config["max_batch_size"] > 0
         path = Path(args["model_repository"]) / args["model_version"] / self.find_file(config)
         settings = {key: value["string_value"] for key, value in config.get("parameters", {}).items()}
+        if not path.is_file():
+            raise pb_utils.TritonModelException(
+                f"{path}: expected a graph for {self.title}, found none; export it there"
+            )
         try:
             self.compute = self.open(path, config, settings)
         except ImportError as error:
-            raise pb_utils.TritonModelException(f"{self.title}: expected its package, found none: {error}") from None
-        except Exception as error:  # the engines' exceptions share no other base
             raise pb_utils.TritonModelException(
-                f"{path}: expected a graph that {self.title} loads, found: {error}"
+                f"{self.title}: expected its package, found none: {error}; pip install -r {self.requirements}"
+            ) from None
+        except Exception as error:  # the engines' exceptions share no other base
+            found = re.sub(r"Exception from \S+:\s+", "", str(error))  # OpenVINO's source files
+            raise pb_utils.TritonModelException(
+                f"{path}: expected a graph that {self.title} loads, found: {found}; export it again, or name its backend"
             ) from None
 
     def execute(self, requests):

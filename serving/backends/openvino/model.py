@@ -20,13 +20,11 @@ KNOWN = (*AS_IT_IS, "HINT_BF16")
 
 
 class TritonPythonModel(GraphModel):
-    title, file = "OpenVINO", "model.xml"
+    title, file, requirements = "OpenVINO", "model.xml", "serving/requirements-openvino.txt"
 
     def open(self, path, config, settings):
         import openvino
 
-        if not path.is_file():
-            raise ValueError("no such file")
         model = openvino.Core().read_model(str(path))
         if (count := len(model.inputs)) != len(self.inputs):
             raise ValueError(f"{count} inputs, where the config has {len(self.inputs)}")
