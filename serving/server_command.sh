@@ -62,6 +62,8 @@ print(*(one.getsockname()[1] for one in listening))')"
     --grpc-address=127.0.0.1 "--grpc-port=$behind_grpc"
     --metrics-address=127.0.0.1 "--metrics-port=$metrics_port"
   )
+  # our configs are whole; to complete one, Triton would start every model's process twice
+  [ ${#others[@]} -gt 0 ] || server+=(--disable-auto-complete-config)
   [ "$guard" = no ] || put_guard "$behind_http" "$behind_grpc"
 }
 
