@@ -13,7 +13,7 @@ from conftest import post, run, start_server, succeed
 BUILD = "examples/pytorch_aoti/build.py"
 compiled = pytest.mark.skipif(not os.environ.get("EXAMPLES"), reason="compiles for a minute; ./test.sh --examples")
 BREAK = {  # name -> (what breaks a copy of the model, what its one line says)
-    "missing": (lambda path: path.unlink(), "found: no such file"),
+    "missing": (lambda path: path.unlink(), "expected a graph for PyTorch, found none"),
     "truncated": (lambda path: os.truncate(path, path.stat().st_size // 2), "found: a file that is cut short"),
     "foreign": (lambda path: torch.save({}, path), "found: an archive without code"),
     "another": (lambda path: path.write_text("Dear sir"), "or no package of AOTInductor"),

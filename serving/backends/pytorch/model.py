@@ -27,8 +27,6 @@ class TritonPythonModel(GraphModel):
 
         if threads := int(settings.get("INTRA_OP_THREAD_COUNT", 0)):
             torch.set_num_threads(threads)
-        if not path.is_file():
-            raise ValueError("no such file")
         script = load_package(path) if path.suffix == ".pt2" else torch.jit.load(path, map_location="cpu").eval()
         order = sorted(self.inputs, key=number_of)
         outputs = list(map(number_of, self.outputs))
