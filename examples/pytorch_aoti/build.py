@@ -29,6 +29,8 @@ OPTIONS = {
     "cpp.threads": 1,
     # the shape that is recorded has no dimension of 1, and the package would refuse one when it checks its inputs
     "aot_inductor.check_lowerbound": False,
+    # one compilation reads each header once; precompiled, they would stay in /tmp
+    "aot_inductor.precompile_headers": False,
 }
 SHAPES = ((1, 1), (1, 5), (3, 16), (8, 100))  # (texts, tokens) that are compared with torch
 MAX_ERROR = 1e-4  # of a vector of length 1
@@ -96,7 +98,7 @@ def main():
     module, card = load_encoder(args.model)
     folder = args.output / "encoder"
     with replace_when_done(folder / "1/model.pt2") as temporary, tempfile.TemporaryDirectory() as scratch:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = scratch  # else hundreds of MB stay in /tmp
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = scratch  # else a copy of the package stays in /tmp
         package = Path(scratch) / "model.pt2"
         try:
             compile_package(module, card, package)
