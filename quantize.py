@@ -32,12 +32,13 @@ from core.tables import FURTHER, REFERENCE, SERVED, model_key
 from core.tokens import load_tokenizer
 from precision.calibration import load_texts
 from precision.further import describe_precisions, measure_precisions
+from precision.int8_attention import attention_products
 from precision.int8_check import check_quantization
 from precision.int8_graph import flops_share, outlier_counts
 from precision.int8_recipes import candidate_matmuls, find_recipes, naive_recipes, recipe_digest
 from precision.int8_rounding import FP8, INT8
 from precision.int8_search import SEARCHED, missed_target, search_int8
-from precision.makers import Learnt, make_graph
+from precision.makers import Learnt, learn_products, make_graph
 from serving.repository import write_repository
 from tasks.table import GENERATION, TASKS
 
@@ -63,20 +64,22 @@ def find_int8(args, card, reference, parts, facts, precisions=SEARCHED):
     fp8 = precisions == ("FP8",)
     recipes = find_recipes(reference, parts["calibration"], parts["held_out"], args.seed, FP8 if fp8 else INT8)
     share, selection = args.min_int8_share, parts["selection"]
+    attention = parts if args.attention and not fp8 else None
     # --quick, and FP8: where all in it meet the target, nothing more is measured
     for deadline in [0.0] * (args.quick or fp8) + [started + 60 * args.max_minutes]:
-        chosen, found = search_int8(reference, recipes, selection, task, target, share, deadline, precisions)
+        chosen, found = search_int8(reference, recipes, selection, task, target, share, deadline, precisions, attention)
         found["time_was_over"] &= deadline > 0
         if chosen:
             break
     record = {"model": card, "environment": environment_record(), "texts": facts, "seed": args.seed}
-    record |= {"target": target | {"int8_flops_share": share}}
+    record |= {"target": target | {"int8_flops_share": share}, "attention": attention is not None}
     record |= {"seconds": round(time.monotonic() - started, 1), "peak_memory_mib": peak_memory_mib()}
     path = results_folder(args.results, card) / f"sensitivity{'_fp8' if fp8 else ''}.json"
     if not chosen:
         write_json(path, record | found)
         print(path)
-        raise SystemExit(missed_target(found, target, share, args.max_minutes, precisions))
+        said = missed_target(found, target, share, args.max_minutes, precisions)
+        raise SystemExit(said + ", or leave out --attention" * (attention is not None))
     return recipes, chosen, (path, record | found)
 
 
@@ -87,14 +90,16 @@ def peak_memory_mib():
 
 def learn(args, card, reference, parts, facts):
     """(Learnt for INT8 and BEST, what their graphs say of it, path and content of sensitivity.json or None)."""
-    record, said = None, {}
+    record = None
     if args.naive:
         recipes = naive_recipes(reference, parts["calibration"], args.seed)
         chosen = set(candidate_matmuls(reference, recipes))
     else:
         recipes, chosen, record = find_int8(args, card, reference, parts, facts)
-        said = {"recipe_sha256": recipe_digest(recipes, chosen)}
-    return Learnt(recipes=recipes, chosen=chosen), said, record
+    learnt = Learnt(recipes=recipes, chosen=chosen)
+    learnt = learn_products(reference, learnt, parts) if args.attention else learnt
+    said = {} if args.naive else {"recipe_sha256": recipe_digest(recipes, chosen, learnt.products)}
+    return learnt, said, record
 
 
 # --- the graphs ----------------------------------------------------------------------
@@ -108,16 +113,17 @@ def link_or_copy(source, temporary):
         shutil.copyfile(source, temporary)
 
 
-def check_graph(path, precision, graph, reference, chosen):
+def check_graph(path, precision, graph, reference, learnt):
     """Exit unless a graph has the reference's inputs and outputs, and Q/DQ as TensorRT takes it."""
     if graph_tensors(graph) != graph_tensors(reference):
         raise SystemExit(
             f"{path}: expected the reference's tensors, {graph_tensors(reference)}; found {graph_tensors(graph)}; "
             "report it with the model's name"
         )
-    if chosen and precision in (*SEARCHED, "FP8"):
+    if learnt.chosen and precision in (*SEARCHED, "FP8"):
         kind = onnx.TensorProto.FLOAT8E4M3FN if precision == "FP8" else onnx.TensorProto.INT8
-        check_quantization(path, graph, chosen, kind)
+        products = [node.name for nodes in attention_products(reference) for node in nodes if learnt.products]
+        check_quantization(path, graph, learnt.chosen.union(products), kind)
 
 
 def write_graphs(paths, reference_path, reference, learnt, properties, record=None):
@@ -130,7 +136,7 @@ def write_graphs(paths, reference_path, reference, learnt, properties, record=No
     with contextlib.ExitStack() as stack:
         for precision, path in paths.items():
             graph = make_graph(precision, reference, learnt)
-            check_graph(path, precision, graph, reference, learnt.chosen)
+            check_graph(path, precision, graph, reference, learnt)
             temporary = stack.enter_context(replace_when_done(path))
             if graph is reference:
                 link_or_copy(reference_path, temporary)
@@ -145,11 +151,9 @@ def write_graphs(paths, reference_path, reference, learnt, properties, record=No
     if record:
         print(record[0])
     for precision, path in paths.items():
+        kind = ("FP8" if precision == "FP8" else "INT8") + " with attention's products" * bool(learnt.products)
         size = f"{path.stat().st_size / 1e6:7.1f} MB"
-        print(
-            f"{precision:4} {size}, {share:4.0%} of the weight-MatMul FLOPs in {'FP8' if precision == 'FP8' else 'INT8'}, {path}",
-            flush=True,
-        )
+        print(f"{precision:4} {size}, {share:4.0%} of the weight-MatMul FLOPs in {kind}, {path}", flush=True)
 
 
 def parse_args():
@@ -180,6 +184,11 @@ def parse_args():
         "--naive", action="store_true", help="no search: all MatMuls, largest values as ranges; for comparison"
     )
     parser.add_argument(
+        "--attention",
+        action="store_true",
+        help="attention's own products in INT8 too, in INT8 and BEST; precision.ablation shows what it costs",
+    )
+    parser.add_argument(
         *("--precisions", "--only"),
         dest="only",
         nargs="+",
@@ -192,6 +201,8 @@ def parse_args():
     args = parser.parse_args()
     if args.quick:
         args.max_selection_texts = QUICK_TEXTS
+    if args.attention and not set(args.only) & set(SEARCHED):
+        parser.error(f"--attention: expected {' or '.join(SEARCHED)} among --precisions, found {' '.join(args.only)}")
     for name in ("target_cosine", "min_int8_share"):
         value = getattr(args, name)
         if value is not None and not 0 < value <= 1:

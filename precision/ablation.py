@@ -1,4 +1,6 @@
-"""What each way of keeping INT8 close brings: one added after another, with all MatMuls in INT8.
+"""What each way of keeping INT8 close brings: one added after another, with all weight MatMuls in INT8.
+
+The last row adds attention's own products, as quantize.py --attention does, and shows what they cost.
 
 Reads:  --repository: graph, record and tokenizer of an export; the texts that calibrate, and those that measure.
 Writes: results/<model>/<machine>/ablation.json.
@@ -16,9 +18,11 @@ from core.repository import graph_path, read_card, read_graph, tokenizer_path, w
 from core.tables import REFERENCE
 from core.tokens import encode, load_tokenizer
 from precision.calibration import load_texts
-from precision.int8_graph import flops_share, insert_int8, outlier_counts
+from precision.int8_attention import product_share
+from precision.int8_graph import flops_share, outlier_counts
 from precision.int8_recipes import WAYS, candidate_matmuls, find_recipes, naive_recipes
 from precision.int8_search import measure, run_graph
+from precision.makers import Learnt, insert_int8, learn_products
 from tasks.examples import examples
 from tasks.table import TASKS
 
@@ -30,6 +34,7 @@ ADDED = {
 ROWS = {"largest values as ranges": None, "smoothing, ranges by error, bias correction": ()} | {
     f"+ {ADDED[way]}": WAYS[: i + 1] for i, way in enumerate(WAYS)
 }
+PRODUCTS = "+ attention's products in INT8"  # the row after them: an option, with its price
 
 
 def measuring_texts(args):
@@ -46,22 +51,34 @@ def measuring_texts(args):
     return spread(texts, args.max_texts)
 
 
-def measure_rows(reference, parts, seed, encoded, task):
-    """[{"ways", "int8_flops_share", "mean_cosine", "relative_l2_error"}] of ROWS, each printed when done."""
-    expected, shapes, rows = run_graph(reference, encoded, task), weight_matmuls(reference), []
+def make_graphs(reference, parts, seed):
+    """Yield (title, share of the weight-MatMul FLOPs in INT8, graph) of ROWS and PRODUCTS."""
     for title, ways in ROWS.items():
         if ways is None:
             recipes = naive_recipes(reference, parts["calibration"], seed)
         else:
             recipes = find_recipes(reference, parts["calibration"], parts["held_out"], seed, ways=ways)
         names = candidate_matmuls(reference, recipes)
-        row = {"ways": title, "int8_flops_share": flops_share(names, shapes, outlier_counts(recipes))}
-        row |= measure(insert_int8(reference, recipes, set(names)), expected, encoded, task)
+        share = flops_share(names, weight_matmuls(reference), outlier_counts(recipes))
+        learnt = Learnt(recipes=recipes, chosen=set(names))
+        yield title, share, insert_int8(reference, learnt)
+    yield PRODUCTS, share, insert_int8(reference, learn_products(reference, learnt, parts))
+
+
+def measure_rows(reference, parts, seed, encoded, task):
+    """[{"ways", "int8_flops_share", "mean_cosine", "relative_l2_error"}], each printed when done.
+
+    The last one has {"products_flops_share"} too: that of attention's products in all MatMuls.
+    """
+    expected, rows = run_graph(reference, encoded, task), []
+    for title, share, graph in make_graphs(reference, parts, seed):
+        row = {"ways": title, "int8_flops_share": share} | measure(graph, expected, encoded, task)
         rows.append(row)
         quality = "not finite"
         if row["mean_cosine"] is not None:
             quality = f"cosine {row['mean_cosine']:.5f}, relative L2 {row['relative_l2_error']:.2%}"
         print(f"{title:50} {row['int8_flops_share']:6.1%} in INT8, {quality}", flush=True)
+    rows[-1]["products_flops_share"] = product_share(reference, encoded)
     return rows
 
 

@@ -202,7 +202,7 @@ def naive_recipes(reference, calibration, seed):
     return recipes
 
 
-def recipe_digest(recipes, chosen):
+def recipe_digest(recipes, chosen, products=None):
     """SHA-256 of what a search found: INT8 and BEST of the same search have the same."""
     digest = hashlib.sha256()
     for tensor, recipe in sorted(recipes.items()):
@@ -212,4 +212,6 @@ def recipe_digest(recipes, chosen):
             digest.update(f"{tensor} {name}".encode())
             for array in (*arrays, recipe["mean_errors"][name]):
                 digest.update(np.ascontiguousarray(array).tobytes())
+    for tensor, step in sorted((products or {}).items()):
+        digest.update(f"{tensor} {step}".encode())
     return digest.hexdigest()

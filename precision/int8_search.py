@@ -16,7 +16,7 @@ from core.repository import weight_matmuls
 from core.tables import ATTENTION_MASK, INPUT_IDS, MAX_BATCH_SIZE, PRECISIONS, SERVED
 from precision.int8_graph import flops_share, insert_int8, outlier_counts
 from precision.int8_recipes import NEGLIGIBLE_SHARE, candidate_matmuls, feeds
-from precision.makers import Learnt, make_graph
+from precision.makers import Learnt, learn_products, make_graph
 
 SEARCHED = tuple(p for p in SERVED if PRECISIONS[p].target)  # one search makes their graphs
 CURVE_STEP = 0.1  # of the FLOPs, between points of the curve below the least share
@@ -77,10 +77,10 @@ def curve_sets(order, shapes, min_share):
 class Search:
     """The measurements of one search: they share reference, texts and deadline."""
 
-    def __init__(self, reference, recipes, selection, task, deadline, precisions=SEARCHED):
+    def __init__(self, reference, recipes, selection, task, deadline, precisions=SEARCHED, attention=None):
         self.reference, self.recipes, self.selection, self.deadline = reference, recipes, selection, deadline
         self.shapes, self.task, self.precisions = weight_matmuls(reference), task, precisions
-        self.outliers = outlier_counts(recipes)
+        self.outliers, self.attention = outlier_counts(recipes), attention
         self.expected = run_graph(reference, selection, task)
 
     def out_of_time(self):
@@ -94,6 +94,7 @@ class Search:
     def graphs(self, names):
         """Quality of the graphs that would be written with these MatMuls in INT8."""
         learnt = Learnt(recipes=self.recipes, chosen=set(names))
+        learnt = learn_products(self.reference, learnt, self.attention) if self.attention else learnt
         return {p: self.measure(make_graph(p, self.reference, learnt)) for p in self.precisions}
 
     def measure(self, graph):
@@ -137,14 +138,15 @@ def choose(curve, target, min_share, measure_graphs):
     return None, tried
 
 
-def search_int8(reference, recipes, selection, task, target, min_share, deadline, precisions=SEARCHED):
+def search_int8(reference, recipes, selection, task, target, min_share, deadline, precisions=SEARCHED, attention=None):
     """Steps 2 and 3: which MatMuls are in INT8, and what was measured on the way.
 
+    attention: {name of the part: encoded texts} where the graphs have attention's products in INT8 too; the curve does not.
     All in INT8 are measured in any case; what the deadline leaves no time for has null as its numbers. Returns (names
     in INT8 or None, {"int8_flops_share", "reached", "tried", "matmuls": rows, "curve": points, "time_was_over"}).
     """
     names = candidate_matmuls(reference, recipes)
-    search = Search(reference, recipes, selection, task, deadline, precisions)
+    search = Search(reference, recipes, selection, task, deadline, precisions, attention)
     everything = search.point(names)  # first of all: it may be the answer, and is one if time runs out
     rows = search.sensitivity(names)
     curve = search.curve(most_harmful_first(rows), min_share, everything)

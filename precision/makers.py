@@ -17,11 +17,13 @@ import onnx
 from onnx import helper
 
 from core.tables import PRECISIONS
+from precision.int8_attention import find_product_steps, insert_product_pairs
 from precision.int8_graph import insert_int8 as insert_pairs
 from precision.surgery import Surgeon, rebuild
 
-# calibration: encoded texts; recipes: of int8_recipes.py; chosen: names of the MatMuls in INT8
-Learnt = namedtuple("Learnt", "calibration recipes chosen", defaults=(None, None, frozenset()))
+# calibration: encoded texts; recipes: of int8_recipes.py; chosen: names of the weight MatMuls in INT8; products: of
+# int8_attention.py, None where attention's own products are not in INT8
+Learnt = namedtuple("Learnt", "calibration recipes chosen products", defaults=(None, None, frozenset(), None))
 RANGE_TEXTS = 8  # of the calibration texts, that show which values leave FP16's range
 TF32_SPLIT = np.float32(2**13 + 1)  # FP32 has 23 mantissa bits, TF32 10: 13 are rounded away
 
@@ -89,13 +91,22 @@ def lower(reference, samples, low_precision):
 
 def insert_int8(reference, learnt):
     """INT8: Q/DQ at the chosen MatMuls, FP32 around them; FP8 where the recipes are in FP8."""
-    return insert_pairs(reference, learnt.recipes, learnt.chosen)
+    graph = insert_pairs(reference, learnt.recipes, learnt.chosen)
+    return insert_product_pairs(graph, learnt.products) if learnt.products else graph
+
+
+def learn_products(reference, learnt, parts):
+    """Learnt with the steps of attention's products, which are calibrated in the graph with all else in INT8."""
+    steps = find_product_steps(insert_int8(reference, learnt), parts["calibration"], parts["held_out"])
+    return learnt._replace(products=steps)
 
 
 def insert_int8_fp16(reference, learnt):
     """BEST: the same Q/DQ, FP16 around them."""
     with quiet_modelopt() as autocast:
         graph = autocast.convert.convert_to_f16(insert_int8(reference, learnt), keep_io_types=True)
+    if learnt.products:
+        del graph.graph.value_info[:]  # all dimensions that it does not know have one name: equal to ONNX Runtime
     return rebuild(graph, graph.graph.node, graph.graph.initializer)
 
 

@@ -52,7 +52,7 @@ class Surgeon:
         """The graph with all nodes in order, without constants that nothing reads."""
         before, after = self.before, self.after
         nodes = [n for own in self.index.nodes for n in (*before.get(own.name, []), own, *after.get(own.name, []))]
-        return rebuild(self.model, nodes, [*self.model.graph.initializer, *self.added.values()])
+        return rebuild(self.model, nodes, (self.index.constants | self.added).values())
 
 
 def rebuild(model, nodes, constants):

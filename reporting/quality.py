@@ -105,10 +105,11 @@ def errors(row):
 
 def search(model):
     """The search of one model in full: its curve, and its MatMuls, the largest error first."""
-    record = model["sensitivity"]
+    record, products = model["sensitivity"], "; attention's products in INT8 in both graphs, but not in the curve"
     lead = (
         f"{caption(record)}; {record['texts']['file']}, seed {record['seed']}; {record['seconds']:.0f} s, "
-        f"{record['peak_memory_mib']} MiB at most{'; stopped by --max-minutes' if record['time_was_over'] else ''}."
+        f"{record['peak_memory_mib']} MiB at most{'; stopped by --max-minutes' if record['time_was_over'] else ''}"
+        f"{products if record.get('attention') else ''}."
     )
     curve = table({"share of FLOPs in INT8": f"{r['int8_flops_share']:.1%}"} | errors(r) for r in record["curve"])
     matmuls = table(
@@ -126,12 +127,15 @@ def search(model):
 
 
 def ablation(model):
-    """What each way of keeping INT8 close brings."""
+    """What each way of keeping INT8 close brings, and what attention's products cost."""
     record = model["ablation"]
+    share = record["rows"][-1].get("products_flops_share")
     lead = (
-        f"All MatMuls in INT8, one way added after another; {record['measured']['texts']} texts of "
+        f"All weight MatMuls in INT8, one way added after another; {record['measured']['texts']} texts of "
         f"{record['measured']['file']}, of which none calibrated. {caption(record)}."
     )
+    if share is not None:
+        lead += f" Attention's own products have {share:.1%} of all MatMul FLOPs of these texts."
     rows = table(
         {"ways": row["ways"], "share of FLOPs in INT8": f"{row['int8_flops_share']:.1%}", **errors(row)}
         for row in record["rows"]

@@ -181,14 +181,14 @@ def test_quick_measures_no_sensitivity_where_all_in_int8_meet_the_target(exporte
 def test_quick_searches_where_all_in_int8_miss_the_target(monkeypatch, tmp_path):
     deadlines = []
 
-    def search(reference, recipes, selection, task, target, min_share, deadline, precisions):
+    def search(reference, recipes, selection, task, target, min_share, deadline, precisions, attention):
         deadlines.append(deadline)
         return ({"a"} if len(deadlines) == 2 else None), {"time_was_over": False}
 
     monkeypatch.setattr(quantize, "find_recipes", lambda *_: {})
     monkeypatch.setattr(quantize, "search_int8", search)
     args = SimpleNamespace(quick=True, seed=0, max_minutes=1, min_int8_share=0.9, target_cosine=None, target_l2=None)
-    args.results = tmp_path
+    args.results, args.attention = tmp_path, False
     parts = dict.fromkeys(("calibration", "held_out", "selection"))
     _, chosen, _ = quantize.find_int8(args, {"task": "embedding", "slug": "a"}, None, parts, {})
     assert chosen == {"a"} and deadlines[0] == 0 and deadlines[1] > 0

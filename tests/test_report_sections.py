@@ -121,6 +121,7 @@ def test_each_way_of_keeping_int8_close_is_a_row(place):
     assert "| F1 against FP32's entities, " in block(shown, "deploy") and "0.6667" in block(shown, "deploy")
     text = (place.folder / "tables.md").read_text()
     assert "| b | 100.0% | 5.0% | 0.99000 |" in text and "128 texts of texts.txt" in text
+    assert "Attention's own products have 12.5% of all MatMul FLOPs" in text
     assert "| TRT_INT8 | 9 | 0.5000 | 1.0000 | 0.6667 |" in text
     assert (place.folder / "ablation.png").is_file()
 
