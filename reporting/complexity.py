@@ -180,10 +180,11 @@ def measured_parts(measured):
 
 
 def agreement_line(measured):
-    """In how many layers prediction and measurement agree, and where they do not."""
+    """In how many layers prediction and measurement agree, and of which kinds they do not."""
     rows = measured["layers"]
-    lost = [f"{r['kind']} at batch {r['batch']} ({r['measured']})" for r in rows if not r["agree"]]
+    lost = list(dict.fromkeys(r["kind"] for r in rows if not r["agree"]))
+    right = sum(r["agree"] for r in rows)
     return (
         f"Each kind of layer was also timed ({measured['device'].upper()}; {caption(measured)}). The roofline of that machine predicts "
-        f"the bound that was measured in {len(rows) - len(lost)} of {len(rows)} cases. The others, with the measured bound: {listing(lost)}."
+        f"the bound that was measured in {right} of {len(rows)} cases; the others are of {listing(lost)}."
     )

@@ -74,7 +74,8 @@ def which(model, where=""):
     if "error" in rows[0] or not rows[0]["holds"]:
         return []
     lead = f"Which engine serves {model['title']} on this machine, of those whose answers hold{where}:"
-    return [lead, table(choices(rows, rows[0]))]
+    found = list(choices(rows, rows[0]))
+    return [lead, table(found[:2] + found[3:4] if where else found)]
 
 
 def summary(models):

@@ -5,6 +5,7 @@ from reporting import (
     engines,
     findings,
     length,
+    limits,
     peers,
     quality,
     services,
@@ -14,7 +15,7 @@ from reporting import (
     thresholds,
     verdicts,
 )
-from reporting.markdown import DETAILS, NOT_MEASURED, listing, relative
+from reporting.markdown import NOT_MEASURED, listing, relative
 
 
 def blocks(models):
@@ -47,7 +48,7 @@ def blocks(models):
         "deploy": verdicts.deploy(models),
         "services": services.services(models) + engines.summary(models),
         "survived": survived.survived(everything),
-        "peers": peers.peers(models),
+        "peers": peers.peers(models) + targets.summary(models),
         "plans": quality.plans(models),
         "summary": findings.summary(models),
     }
@@ -55,9 +56,9 @@ def blocks(models):
 
 
 def elsewhere(everything, shown):
-    """Links to the measurements of other machines."""
+    """What other machines measured too: links to their folders."""
     links = [
-        f"[{m['title']}]({relative(m, DETAILS)})"
+        f"[{m['title']}](results/{m['slug']})"
         for m in everything
         if m["folder"] not in [s["folder"] for s in shown] and not m["padded"]
     ]
@@ -73,7 +74,7 @@ def details(model):
         ("peers", "Targets", targets.details),
         ("verdicts", "Verdicts", verdicts.details),
         ("peers", "Peers", peers.details),
-        ("limits", "Limits", targets.limits),
+        ("limits", "Limits", limits.details),
         ("choice", "Engine and precision on this CPU", services.details),
         ("engines", "Engines through the server", engines.details),
         ("generation", "Generated tokens", services.generation),

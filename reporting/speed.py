@@ -36,13 +36,10 @@ def noise_line(perf):
     """The noise, and what follows from it for the tables."""
     if shown := noise(perf):
         ratios = listing(f"{low:.2f} to {high:.2f} for {name}" for name, (low, high) in shown.items())
-        lead = (
-            f"**Noise.** {REPLICATE} is the same file as {REFERENCE} here, measured a second time under another name. "
-            f"The ratio of the two, over all levels, is {ratios}."
-        )
+        lead = f"**Noise.** {REPLICATE} is {REFERENCE}'s file under another name: the ratio of the two is {ratios}."
     else:
         lead = "**Noise.** No model was measured twice; the largest spread between rounds of one level stands in."
-    return f"{lead} A difference within a factor of {noise_factor(perf):.2f} therefore counts as none."
+    return f"{lead} A difference within a factor of {noise_factor(perf):.2f} counts as none."
 
 
 def best_key(perf, concurrency):
@@ -55,7 +52,7 @@ def best_key(perf, concurrency):
 
 def tail(row):
     """p99 of a row, which needs enough requests."""
-    return "n too small" if row["latency_p99_ms"] is None else f"{row['latency_p99_ms']:.1f}"
+    return "–" if row["latency_p99_ms"] is None else f"{row['latency_p99_ms']:.1f}"
 
 
 def throughput(perf, row):

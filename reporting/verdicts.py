@@ -2,6 +2,8 @@
 
 from reporting.markdown import NOT_MEASURED, caption, listing, relative, table
 
+SAME = ("torch", "ONNX", "TRT_FP32")  # what the others are held against, and its file under another name
+
 
 def interval(value):
     """0.9123 [0.8990, 0.9255]"""
@@ -33,7 +35,7 @@ def agreements(model):
     return record and {
         "model": model["title"],
         "what is kept": f"agreement with torch, {record['data']['count']} texts",
-        **{key: interval(row["agreement"]) for key, row in record["models"].items() if key not in ("torch", "ONNX")},
+        **{key: interval(row["agreement"]) for key, row in record["models"].items() if key not in SAME},
     }
 
 
@@ -43,7 +45,7 @@ def entities(model):
     return record and {
         "model": model["title"],
         "what is kept": f"F1 against FP32's entities, {record['texts']['count']} texts",
-        **{key: f"{row['f1']:.4f}" for key, row in record["plans"].items() if key != "ONNX"},
+        **{key: f"{row['f1']:.4f}" for key, row in record["plans"].items() if key not in SAME},
     }
 
 
@@ -56,7 +58,7 @@ def similarities(model):
     return {
         "model": model["title"],
         "what is kept": f"Spearman less the reference's, {record['pairs']['count']} pairs",
-        **{key: f"{row['spearman'] - base:+.4f}" for key, row in record["plans"].items() if key != "ONNX"},
+        **{key: f"{row['spearman'] - base:+.4f}" for key, row in record["plans"].items() if key not in SAME},
     }
 
 
@@ -74,8 +76,10 @@ def details(model):
 
 
 def facts(model):
-    """What was asked, and where all of the study stands."""
-    return f"{origin(model)} All of it: [tables.md]({relative(model, 'tables.md')})."
+    """What calibrated its INT8 graphs, and where all of the study stands."""
+    calibration = model["verdicts"].get("calibration")
+    by = f"INT8 was calibrated with {calibration['count']} texts of {calibration['file']}. " if calibration else ""
+    return f"{by}{caption(model['verdicts'])}. [All of it]({relative(model, 'tables.md')})."
 
 
 def origin(model):

@@ -115,11 +115,7 @@ def test_of_two_machines_one_is_shown_and_the_other_has_its_own_tables(place):
     data.write_quality(other, place.model, engines=data.GPU)
     text = block(written(place), "results")
     assert text.count("**all-MiniLM-L6-v2**. A CPU") == 1
-    links = [
-        f"Other machines measured too: [all-MiniLM-L6-v2](results/all-MiniLM-L6-v2/{m}/tables.md)" in text
-        for m in ("a-cpu", "b-gpu")
-    ]
-    assert sum(links) == 1
+    assert "Other machines measured too: [all-MiniLM-L6-v2](results/all-MiniLM-L6-v2)" in text
     assert all("## Deviations" in (folder / "tables.md").read_text() for folder in (place.folder, other))
 
 

@@ -102,6 +102,16 @@ def test_a_speed_is_shown_as_if_serving_cost_nothing(model):
     assert shown[5] == "1.75 / 3.75 / 4.50" and not any(shown[3:5] + shown[6:])
 
 
+def test_the_report_counts_what_is_met(model):
+    (text,) = targets.summary([model | {"title": "reviews", "slug": "reviews", "machine": "a-cpu"}])
+    met = sum(
+        targets.met(v, *ends) == "yes"
+        for t in targets.TARGETS
+        for v, ends in zip(t.measure(model), t.bounds, strict=True)
+    )
+    assert text.startswith(f"Of the 36 targets of reviews, {met} are met") and 0 < met < 36
+
+
 def test_what_has_no_record_is_not_measured(model):
     for row in (targets.row(target, dict.fromkeys(model)) for target in targets.TARGETS):
         assert row["measured"] == row["met"] == "not measured", row
