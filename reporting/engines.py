@@ -3,7 +3,7 @@
 import statistics
 
 from core.tables import ENGINES
-from reporting.markdown import DETAILS, caption, listing, percent, relative, table
+from reporting.markdown import caption, listing, percent, table
 from reporting.peers import span
 
 
@@ -68,16 +68,16 @@ def details(model):
     return [lead, table(candidate(row, base) for row in rows), *which(model)]
 
 
-def which(model, where=""):
+def which(model, short=False):
     """Which engine serves what; nothing where the base was not measured."""
     rows = model["engines"]["rows"]
     if "error" in rows[0] or not rows[0]["holds"]:
         return []
-    lead = f"Which engine serves {model['title']} on this machine, of those whose answers hold{where}:"
+    lead = f"Which engine serves {model['title']} on this machine, of those whose answers hold:"
     found = list(choices(rows, rows[0]))
-    return [lead, table(found[:2] + found[3:4] if where else found)]
+    return [lead, table(found[:2] + found[3:4] if short else found)]
 
 
 def summary(models):
-    """The same for every model that was measured, for the report."""
-    return [part for m in models if m["engines"] for part in which(m, f" ([all]({relative(m, DETAILS)}))")]
+    """Most texts/s and least memory of every model that was measured, for the report."""
+    return [part for m in models if m["engines"] for part in which(m, short=True)]
