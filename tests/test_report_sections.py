@@ -227,14 +227,18 @@ def test_a_service_with_another_rule_than_the_study_is_said(place):
 
 
 def test_training_and_verdicts_are_tied_by_their_weights_and_not_by_a_name(place):
-    data.write_verdicts(place.results / "reviews" / "a-cpu", data.classifier(weights_sha256="d" * 64))
+    folder = place.results / "reviews" / "a-cpu"
+    data.write_verdicts(folder, data.classifier(weights_sha256="d" * 64))
     training = {"data": "data.tsv", "texts": 90, "accuracy": 0.875, "eval_texts": 40, "seconds": 61.2}
     training |= {"encoder": {"source": "hub: some/encoder"}, "weights_sha256": "e" * 64}
-    data.write(place.results / "reviews" / "a-cpu", "training", training)
-    assert "trained on" not in written(place)
+    data.write(folder, "training", training)
+    written(place)
+    assert "trained on" not in (folder / "tables.md").read_text()
     data.write(place.results / "reviews-checkpoint" / "other", "training", training | {"weights_sha256": "d" * 64})
     assert report(place, "--check").returncode == 1
-    assert "trained on data.tsv (90 texts) in 61 s, to a dev accuracy of 0.8750 on 40 texts" in written(place)
+    written(place)
+    shown = (folder / "tables.md").read_text()
+    assert "trained on data.tsv (90 texts) in 61 s, to a dev accuracy of 0.8750 on 40 texts" in shown
 
 
 def test_a_changed_study_makes_text_and_picture_stale(place):
