@@ -166,7 +166,8 @@ clean_up() {
 
 wait_ready() {
   local deadline=$((SECONDS + timeout_s))
-  until ready; do
+  # a supervisor that has not seen the server loaded would take a fault for a long start
+  until ready && { [ "$supervise" = no ] || [ -e "$state/loaded" ]; }; do
     if ! kill -0 "$pid" 2>/dev/null || [ "$SECONDS" -ge "$deadline" ]; then
       echo "--- last lines of $state/server.log" >&2
       grep -E '^E[0-9]{4}|error:|Error' "$state/server.log" | tail -n 5 >&2 || true
@@ -181,6 +182,7 @@ start() {
   [ -z "$(server_pid)" ] || fail "port $http_port: expected no server, found ours running (pid $(server_pid)); ./serve.sh stop --http-port $http_port"
   check
   clean_up
+  rm -f "$state/loaded"
   "prepare_$device"
   printf '%s\n' "${questions[@]}" | sed '/^$/d' >"$state/questions"
   if [ "$supervise" = yes ]; then

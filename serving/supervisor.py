@@ -23,6 +23,7 @@ from pathlib import Path
 from serving.health import find_fault, is_loaded, read_question
 
 INTERVAL_S, TIMEOUT_S, FAULTS = 2, 5, 2  # between questions; for an answer; without one in a row
+STARTING_S = 0.1  # between looks at a server that loads its models
 LONGEST_WAIT_S, MOST_STARTS, WINDOW_S = 30, 10, 600
 SET_DEATH_SIGNAL = 1  # of prctl(2)
 
@@ -52,13 +53,15 @@ def end(server, drain_s):
     server.wait()
 
 
-def watch(server, url, questions):
-    """Wait until the server is dead or no longer healthy; returns why."""
+def watch(server, url, questions, state):
+    """Wait until the server is dead or no longer healthy; returns why. Notes in state/loaded that it has been healthy."""
     loaded, faults = False, 0
     while server.poll() is None:
-        time.sleep(INTERVAL_S)
-        loaded = loaded or is_loaded(url)
+        time.sleep(INTERVAL_S if loaded else STARTING_S)
         if not loaded:
+            loaded = is_loaded(url)
+            if loaded:
+                (state / "loaded").touch()
             continue
         fault = next(filter(None, (find_fault(url, *question, TIMEOUT_S) for question in questions)), "")
         faults = faults + 1 if fault else 0
@@ -83,7 +86,7 @@ def supervise(args):
         (args.state / "supervisor.prom").write_text(f"supervisor_restarts_total {number}\n", encoding="utf-8")
         server = start(args.command, args.state)
         starts.append(time.monotonic())
-        reason = watch(server, args.url, questions)
+        reason = watch(server, args.url, questions, args.state)
         end(server, 0)  # what is ill or dead has nothing to finish
         recent = [moment for moment in starts if moment > time.monotonic() - WINDOW_S]
         if len(recent) >= MOST_STARTS:

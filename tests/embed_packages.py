@@ -15,7 +15,8 @@ REQUIREMENTS = "requirements-embed"
 @pytest.fixture(scope="session")
 def python():
     """An interpreter that has Ray; this one finds its packages too. Skips where they cannot be installed."""
-    if importlib.util.find_spec("ray"):
+    ray = importlib.util.find_spec("ray")
+    if ray and ray.origin.startswith(sys.prefix):  # not what another file's tests appended to the path below
         return sys.executable
     install.BUILD.mkdir(parents=True, exist_ok=True)
     with pytest.MonkeyPatch.context() as patch, open(install.BUILD / "embed.lock", "w") as lock:
