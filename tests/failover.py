@@ -201,8 +201,8 @@ def main():
             load = Load(args.http_port, card["service"]["name"], texts, expected, 1)
             load.per_s = capacity(load) / 3
             record["requests_per_s"].append(load.per_s)
-            todo = faults(args.http_port, args.repository, path, args.hang_s)
-            for name, act in [(n, a) for n, a in todo.items() if n in QUICK or not args.quick]:
+            acts = faults(args.http_port, args.repository, path, args.hang_s)
+            for name, act in [(n, a) for n, a in acts.items() if n in QUICK or not args.quick]:
                 record["faults"][name] = rows = summarise(load.during(act))
                 for row in rows:
                     print(f"{name}: {row}", flush=True)
