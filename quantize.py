@@ -28,7 +28,7 @@ from core.arguments import make_parser
 from core.files import REPOSITORY, RESULTS, TEXTS, read_texts, replace_when_done, sha256, write_json
 from core.record import environment_record, results_folder
 from core.repository import graph_path, graph_tensors, is_own, read_card, read_graph, tokenizer_path, weight_matmuls
-from core.tables import FURTHER, REFERENCE, SERVED, model_key
+from core.tables import FURTHER, PACKED_FILE, REFERENCE, SERVED, model_key
 from core.tokens import load_tokenizer
 from precision.calibration import load_texts
 from precision.further import describe_precisions, measure_precisions
@@ -39,6 +39,7 @@ from precision.int8_recipes import candidate_matmuls, find_recipes, naive_recipe
 from precision.int8_rounding import FP8, INT8
 from precision.int8_search import SEARCHED, missed_target, search_int8
 from precision.makers import Learnt, learn_products, make_graph
+from precision.packed import make_packed
 from serving.repository import write_repository
 from tasks.table import GENERATION, TASKS
 
@@ -126,6 +127,21 @@ def check_graph(path, precision, graph, reference, learnt):
         check_quantization(path, graph, learnt.chosen.union(products), kind)
 
 
+def save_graph(graph, path):
+    """Write a graph and check what was written."""
+    onnx.save(graph, path)
+    onnx.checker.check_model(str(path), full_check=True)
+
+
+def write_packed(path, graph, stack, properties):
+    """The packed graph of INT8 beside the padded one, moved into place with it; without one an older one goes."""
+    if not graph:
+        path.unlink(missing_ok=True)
+    else:
+        onnx.helper.set_model_props(graph, properties | {"precision": "INT8"})
+        save_graph(graph, stack.enter_context(replace_when_done(path)))
+
+
 def write_graphs(paths, reference_path, reference, learnt, properties, record=None):
     """Make and check the graphs of some precisions, and move them into place together, or none of them.
 
@@ -144,8 +160,9 @@ def write_graphs(paths, reference_path, reference, learnt, properties, record=No
             onnx.helper.set_model_props(
                 graph, properties | {"precision": precision, "int8_flops_share": f"{share:.4f}"}
             )
-            onnx.save(graph, temporary)
-            onnx.checker.check_model(str(temporary), full_check=True)
+            save_graph(graph, temporary)
+            if precision == "INT8":
+                write_packed(path.with_name(PACKED_FILE), make_packed(reference_path, learnt), stack, properties)
         if record:
             write_json(stack.enter_context(replace_when_done(record[0])), record[1])
     if record:

@@ -58,14 +58,12 @@ class Bare:
         open_graph = functools.partial(self.open, opener(settings, task.output))
         self.run = Runner(settings | {"per_token": task.per_token}, padding, open_graph)
 
-    def open(self, open_graph, threads, streams):
-        session = open_graph(threads, streams)
+    def open(self, open_graph, sizes):
+        return [functools.partial(self.count, session) for session in open_graph(sizes)]
 
-        def run(feeds):
-            self.positions.append(feeds["INPUT_IDS"].size)
-            return session(feeds)
-
-        return run
+    def count(self, session, feeds):
+        self.positions.append(feeds["INPUT_IDS"].size)
+        return session(feeds)
 
     def window(self, start, count, size):
         """(texts/s, positions, tokens) of the texts from number `start` on, round and round, `size` at a time."""

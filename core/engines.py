@@ -1,46 +1,63 @@
 """What executes a graph in a service on a CPU: ONNX Runtime or OpenVINO; a copy lies beside the service's model."""
 
 import importlib.util
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 
-def open_onnxruntime(path, output, precision, threads, streams):
-    """A function from feeds to one output; several threads may call it at once, each with `threads` cores of its own."""
+def open_onnxruntime(path, output, precision, sizes):
+    """A function from feeds to one output for each of some sizes, (threads, streams).
+
+    As many threads as there are streams may call it at once, each with `threads` cores of its own.
+    """
     try:
         from onnx_runtime import open_session  # beside this file in a service
     except ImportError:
         from core.onnx_runtime import open_session
 
-    # a lone text has all cores to itself: its threads then wait for one another awake, and sleep between two runs
-    session = open_session(path, threads, "stop" if threads > 1 else "off")
-    return lambda feeds: session.run([output], feeds)[0]
+    def open_one(size):
+        # a lone text has all cores to itself: its threads then wait for one another awake, and sleep between two runs
+        session = open_session(path, size[0], "stop" if size[0] > 1 else "off")
+        return lambda feeds: session.run([output], feeds)[0]
+
+    return at_once(open_one, sizes)
 
 
-def open_openvino(path, output, precision, threads, streams):
+def open_openvino(path, output, precision, sizes):
     """The same through OpenVINO. precision: FP32, which is forced, or BF16; a graph with Q/DQ pairs is executed in INT8.
 
     Without a precision OpenVINO takes BF16 wherever the CPU has it. Its threads are not pinned: two processes would sit
     on one core.
     """
-    import threading
-
     import openvino
 
-    options = {
-        "INFERENCE_PRECISION_HINT": {"FP32": "f32", "BF16": "bf16"}.get(precision, "f32"),
-        "INFERENCE_NUM_THREADS": threads * streams,
-        "NUM_STREAMS": streams,
-        "ENABLE_CPU_PINNING": False,
-    }
-    model = openvino.Core().compile_model(str(path), "CPU", options)
-    own = threading.local()
+    core = openvino.Core()
+    graph = core.read_model(str(path))  # once: what is compiled of it shares its weights
+    number = next(n for n, port in enumerate(graph.outputs) if output in port.names)
+    hint = {"FP32": "f32", "BF16": "bf16"}.get(precision, "f32")
 
-    def run(feeds):
-        if not hasattr(own, "request"):  # one for each thread
-            own.request = model.create_infer_request()
-        return own.request.infer(feeds)[output]
+    def open_one(size):
+        threads, streams = size
+        options = {"INFERENCE_NUM_THREADS": threads * streams, "NUM_STREAMS": streams, "ENABLE_CPU_PINNING": False}
+        model = core.compile_model(graph, "CPU", options | {"INFERENCE_PRECISION_HINT": hint})
+        own = threading.local()
 
-    return run
+        def run(feeds):
+            if not hasattr(own, "request"):  # one for each thread
+                own.request = model.create_infer_request()
+            own.request.infer(feeds, share_inputs=True)
+            return own.request.get_output_tensor(number).data.copy()  # the next run writes there
+
+        return run
+
+    return at_once(open_one, sizes)
+
+
+def at_once(open_one, sizes):
+    """What opens for each size, in threads: a start waits for them."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(open_one, sizes))
 
 
 ENGINES = {"onnxruntime": open_onnxruntime, "openvino": open_openvino}

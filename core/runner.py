@@ -3,6 +3,7 @@
 Nothing here knows Triton; a copy lies in a service's folder beside model.py.
 """
 
+import functools
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -44,22 +45,34 @@ def packed_inputs(inputs):
     return [*(name for name in inputs if name != "ATTENTION_MASK"), "POSITIONS", "SEGMENTS", "STARTS"]
 
 
-def pack(encodings, inputs, offset):
-    """{input: int64 [tokens], STARTS: [texts]} of texts one behind the other."""
+def few_sizes(tokens):
+    """The next of few sizes: for one that it has not seen OpenVINO compiles its kernels anew, in each stream."""
+    step = 8 if tokens <= BUDGET // 2 else 16 if tokens <= BUDGET else 64
+    return -(-tokens // step) * step
+
+
+def pack(encodings, inputs, offset, size_of=int):
+    """{input: int64 [tokens], STARTS: [texts]} of texts one behind the other.
+
+    size_of: tokens -> as many or more; what it adds is a text of its own behind the others, of tokens 0.
+    """
     lengths = [len(encoding.ids) for encoding in encodings]
-    made = {
-        "POSITIONS": np.concatenate([np.arange(offset, offset + length) for length in lengths]),
-        "SEGMENTS": np.repeat(np.arange(len(lengths)), lengths),
-        "STARTS": np.cumsum([0, *lengths[:-1]]),
-    }
-    own = {name: np.concatenate([getattr(e, FIELDS[name]) for e in encodings]) for name in inputs if name in FIELDS}
-    return {name: (made | own)[name].astype(np.int64) for name in inputs}
+    total = sum(lengths)
+    feeds = {name: np.zeros(size_of(total), np.int64) for name in inputs}
+    feeds["POSITIONS"][total:], feeds["SEGMENTS"][total:] = offset, len(lengths)
+    feeds["STARTS"] = np.cumsum([0, *lengths[:-1]])
+    for number, (start, encoding) in enumerate(zip(feeds["STARTS"], encodings, strict=True)):
+        own = slice(start, start + len(encoding.ids))
+        feeds["SEGMENTS"][own], feeds["POSITIONS"][own] = number, np.arange(offset, offset + len(encoding.ids))
+        for name in FIELDS.keys() & feeds.keys():
+            feeds[name][own] = getattr(encoding, FIELDS[name])
+    return feeds
 
 
-def pad(encodings, inputs, padding):
+def pad(encodings, inputs, padding, size_of=int):
     """{input: int64 [texts, longest]}, padded as the tokenizer pads; padding: the tokenizer's own settings."""
     fillings = {"INPUT_IDS": padding["pad_id"], "TOKEN_TYPE_IDS": padding["pad_type_id"]}
-    longest, left = max(len(encoding.ids) for encoding in encodings), padding["direction"] == "left"
+    longest, left = size_of(max(len(encoding.ids) for encoding in encodings)), padding["direction"] == "left"
     feeds = {}
     for name in inputs:
         feeds[name] = np.full((len(encodings), longest), fillings.get(name, 0), dtype=np.int64)
@@ -73,18 +86,18 @@ class Runner:
     """The sessions of a graph: one that has all cores, and one that several threads use, each with a core of its own."""
 
     def __init__(self, settings, padding, open_graph):
-        """settings: "inputs" of the graph; "position_offset" where it takes packed texts, else None; "per_token"; "cores".
+        """settings: "inputs" of the graph; "position_offset" where it takes packed texts, else None; "max_length" of a
+        text; "per_token"; "engine"; "cores".
 
-        padding: the tokenizer's settings. open_graph(threads, streams) -> a function from feeds to the output, that as
-        many threads as there are streams may call at once.
+        padding: the tokenizer's settings. open_graph([(threads, streams), …]) -> for each a function from feeds to the
+        output, that as many threads as there are streams may call at once.
         """
         self.inputs, self.per_token, self.padding = settings["inputs"], settings["per_token"], padding
         self.offset, self.cores = settings["position_offset"], settings["cores"]
+        self.few, self.max_length = settings["engine"] == "openvino", settings["max_length"]
         self.pool = ThreadPoolExecutor(self.cores)
-        # both at once: a start waits for them
-        narrow = self.pool.submit(open_graph, 1, self.cores) if self.cores > 1 else None
-        self.wide = open_graph(self.cores, 1)
-        self.narrow = narrow.result() if narrow else self.wide
+        opened = open_graph(list(dict.fromkeys([(self.cores, 1), (1, self.cores)])))
+        self.wide, self.narrow = opened[0], opened[-1]
 
     def __call__(self, encodings):
         """The output of each encoding: float32 [length, …] where it has a row per token, else [...]."""
@@ -102,17 +115,31 @@ class Runner:
 
     def positions(self, lengths):
         """Tokens that are computed for texts of these lengths, padding included."""
+        batches = [[lengths[i] for i in batch] for batch in self.batches(lengths) if batch]
         if self.offset is not None:
-            return sum(lengths)
-        return sum(len(batch) * max(lengths[i] for i in batch) for batch in self.batches(lengths) if batch)
+            return sum(self.size(sum(batch)) for batch in batches)
+        return sum(len(batch) * self.size(max(batch)) for batch in batches)
+
+    def size(self, tokens):
+        """How many tokens are computed for those of a batch, or of a row where it is padded."""
+        if not self.few:
+            return tokens
+        return few_sizes(tokens) if self.offset is not None else max(tokens, min(few_sizes(tokens), self.max_length))
+
+    def warm(self, encoding):
+        """Run the smaller of the few sizes in each session, with one short text: no request then waits for kernels."""
+        for size in range(8, BUDGET // 2 + 1, 8) if self.few and self.offset is not None else ():
+            feeds = pack([encoding], self.inputs, self.offset, functools.partial(max, size))
+            self.wide(feeds)
+            list(self.pool.map(self.narrow, [feeds] * (2 * self.cores)))
 
     def run(self, session, encodings):
         """The rows of one batch."""
         lengths = [len(encoding.ids) for encoding in encodings]
         if self.offset is not None:
-            output = session(pack(encodings, self.inputs, self.offset))
-            return np.split(output, np.cumsum(lengths)[:-1]) if self.per_token else output
-        output = session(pad(encodings, self.inputs, self.padding))
+            output = session(pack(encodings, self.inputs, self.offset, self.size))
+            return np.split(output, np.cumsum(lengths))[:-1] if self.per_token else output
+        output = session(pad(encodings, self.inputs, self.padding, self.size))
         if not self.per_token:
             return output
         left = self.padding["direction"] == "left"

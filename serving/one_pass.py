@@ -48,15 +48,18 @@ def graph_settings(repository, card, precision, engine, pack=True):
     """
     if reason := why_not(engine, precision):
         raise SystemExit(f"--engine {engine} --precision {precision}: {reason}")
-    packed, path = card.get("packed"), graph_path(repository, REFERENCE).with_name(PACKED_FILE)
-    if not (packed and pack) or precision not in (REFERENCE, "FP32", "BF16"):
-        # the graph of FP32 is the reference by another name
-        own = precision == "BF16" or (precision == "FP32" and model_key(precision) not in present(repository))
-        packed, path = None, graph_path(repository, choose(repository, REFERENCE if own else precision))
+    packed, own = card.get("packed") if pack else None, precision in (REFERENCE, "FP32", "BF16")
+    # the graph of FP32 is the reference by another name, and BF16 is made of it
+    if precision == "FP32" and not packed:
+        own = model_key(precision) not in present(repository)
+    path = graph_path(repository, choose(repository, REFERENCE if own else precision))
+    beside = path.with_name(PACKED_FILE)
+    path, packed = (beside, packed) if packed and beside.is_file() else (path, None)
     return {
         "graph": str(path.resolve()),
         "inputs": packed_inputs(card["inputs"]) if packed else card["inputs"],
         "position_offset": packed["position_offset"] if packed else None,
+        "max_length": card["max_length"],
         "engine": engine,
         "precision": "FP32" if precision == REFERENCE else precision,
         "cores": len(os.sched_getaffinity(0)),

@@ -203,8 +203,9 @@ def extract(source, target, precision, engine="onnxruntime", **service):
             shutil.copyfile(graph_path(source, key), version / "model.onnx")
         else:
             copy_graph(graph_path(source, key), version / "model.onnx")
-        if card.get("packed") and key == REFERENCE:
-            shutil.copyfile(graph_path(source, key).with_name(PACKED_FILE), version / PACKED_FILE)
+        beside = source / NAMES[key] / "1" / PACKED_FILE
+        if card.get("packed") and engine != "tensorrt" and beside.is_file():
+            shutil.copyfile(beside, version / PACKED_FILE)
         else:
             card["packed"] = None
         # what was chosen for a CPU may be a graph that is left behind

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from core import engines, files, runner
 from core.repository import read_card, tokenizer_path
 from core.tokens import load_tokenizer
-from serving import server
+from serving import one_pass, server
 from serving.repository import write_repository
 
 LENGTHS = st.lists(st.integers(1, 512), min_size=0, max_size=40)
@@ -116,8 +116,23 @@ def test_a_bad_text_fails_alone(paths):
         assert isinstance(answer, dict) if text == b"good" else "TEXT: expected UTF-8" in answer
 
 
+@given(st.integers(1, 512))
+def test_openvino_computes_few_sizes_and_none_that_is_too_long(tokens):
+    sizes = {}
+    for offset in (0, None):
+        settings = {"inputs": [], "position_offset": offset, "per_token": False, "cores": 1, "max_length": 509}
+        for engine in ("onnxruntime", "openvino"):
+            run = runner.Runner(settings | {"engine": engine}, None, lambda sizes: sizes)
+            sizes[engine, offset] = run.size(tokens)
+    assert sizes["onnxruntime", 0] == sizes["onnxruntime", None] == tokens
+    assert tokens <= sizes["openvino", 0] < tokens + 64 and sizes["openvino", 0] % 8 == 0
+    assert tokens <= sizes["openvino", None] <= max(tokens, 509)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("packed", [True, False])
-def test_batches_give_what_each_text_gives_alone(tiny, packed):
+def test_batches_give_what_each_text_gives_alone(tiny, packed, engine):
+    """ONNX Runtime computes both times; of "openvino" are the few sizes, with tokens that no text has."""
     from core.repository import graph_path
     from core.tables import PACKED_FILE
 
@@ -129,13 +144,39 @@ def test_batches_give_what_each_text_gives_alone(tiny, packed):
         path, offset = path.with_name(PACKED_FILE), card["packed"]["position_offset"]
     inputs = runner.packed_inputs(card["inputs"]) if packed else card["inputs"]
     settings = {"inputs": inputs, "position_offset": offset, "per_token": False, "cores": 2}
-    run = runner.Runner(
-        settings, padding, lambda threads, streams: engines.open_onnxruntime(path, "LOGITS", "FP32", threads, streams)
-    )
+    settings |= {"engine": engine, "max_length": card["max_length"]}
+    run = runner.Runner(settings, padding, lambda sizes: engines.open_onnxruntime(path, "LOGITS", "FP32", sizes))
     encodings = tokenizer.encode_batch(five_hundred_texts()[::25])
+    run.warm(tokenizer.encode("text"))
     together = run(encodings)
     for encoding, row in zip(encodings, together, strict=True):
         np.testing.assert_allclose(run([encoding])[0], row, atol=1e-5)
+
+
+def test_int8_is_packed_and_gives_what_the_padded_graph_gives(reviews, tmp_path):
+    card, tokenizer = read_card(reviews.repository), load_tokenizer(tokenizer_path(reviews.repository))
+    padding = tokenizer.padding
+    tokenizer.no_padding()
+    encodings, found = tokenizer.encode_batch(files.read_texts(files.TEXTS)[::8]), {}
+    for pack in (True, False):
+        settings = one_pass.graph_settings(reviews.repository, card, "INT8", "onnxruntime", pack)
+        assert (settings["position_offset"] is not None) == pack
+        run = runner.Runner(settings | {"per_token": False}, padding, one_pass.opener(settings, "LOGITS"))
+        found[pack] = np.array(run(encodings))
+    np.testing.assert_allclose(found[True], found[False], atol=0.02)  # a value on a step's edge falls on either side
+    assert not np.array_equal(found[True], run_fp32(reviews.repository, card, padding, encodings))
+    succeed(
+        "serving.repository", "--repository", reviews.repository, "--precision", "INT8", "--output", tmp_path / "own"
+    )
+    own = one_pass.graph_settings(tmp_path / "own", read_card(tmp_path / "own"), "INT8", "onnxruntime")
+    assert own["position_offset"] is not None and own["graph"].endswith("model_TRT_INT8/1/packed.onnx")
+
+
+def run_fp32(repository, card, padding, encodings):
+    settings = one_pass.graph_settings(repository, card, "FP32", "onnxruntime")
+    return np.array(
+        runner.Runner(settings | {"per_token": False}, padding, one_pass.opener(settings, "LOGITS"))(encodings)
+    )
 
 
 # --- the choice of engine and precision ----------------------------------------------

@@ -1,5 +1,6 @@
 """quantize.py: what is in the typed graphs it writes, and what it leaves as it was."""
 
+import contextlib
 import errno
 import resource
 from types import SimpleNamespace
@@ -133,7 +134,7 @@ def test_an_interruption_between_two_graphs_leaves_both_old_ones(exported, tmp_p
     monkeypatch.setattr(quantize, "make_graph", make)
     chosen = int8_check.quantized_matmuls(load(exported, "INT8"))
     with pytest.raises(KeyboardInterrupt):
-        quantize.write_graphs(paths, None, reference, makers.Learnt(chosen=chosen), {})
+        quantize.write_graphs(paths, tmp_path / "model.onnx", reference, makers.Learnt(chosen=chosen), {})
     assert [path.read_text() for path in paths.values()] == ["old", "old"] and not list(tmp_path.rglob("*.tmp"))
 
 
@@ -192,6 +193,14 @@ def test_quick_searches_where_all_in_int8_miss_the_target(monkeypatch, tmp_path)
     parts = dict.fromkeys(("calibration", "held_out", "selection"))
     _, chosen, _ = quantize.find_int8(args, {"task": "embedding", "slug": "a"}, None, parts, {})
     assert chosen == {"a"} and deadlines[0] == 0 and deadlines[1] > 0
+
+
+def test_a_packed_graph_of_an_older_search_does_not_stay(tmp_path):
+    old = tmp_path / "packed.onnx"
+    old.write_bytes(b"old")
+    with contextlib.ExitStack() as stack:
+        quantize.write_packed(old, None, stack, {})
+    assert not old.exists()
 
 
 def test_a_conversion_says_nothing_of_its_own(exported, tmp_path):

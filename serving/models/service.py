@@ -37,6 +37,7 @@ class TritonPythonModel:
             self.run = self.open_graph(folder)
             for texts in (1, 2 * self.settings["cores"]):  # no request pays for the first run of a session
                 self.run(self.whole.encode_batch(["A real text, for the first run of each session."] * texts))
+            self.run.warm(self.whole.encode("text"))
             ctypes.CDLL(None).malloc_trim(0)  # what the graph's file took goes back to the system
 
     def open_graph(self, folder):

@@ -45,15 +45,23 @@ def encode(tokenizer, texts):
     """Encodings of texts or pairs, cut as the tokenizer is set; the same as encode_batch makes, at the cost of the cut text."""
     length = (tokenizer.truncation or {}).get("max_length")
     if length is None or not any(isinstance(text, str) and len(text) > FIRST_CHARACTERS * length for text in texts):
-        return tokenizer.encode_batch(texts)
+        return encode_all(tokenizer, texts)
     first = [beginning(text, FIRST_CHARACTERS * length) for text in texts]
-    encodings = tokenizer.encode_batch(first)
+    encodings = encode_all(tokenizer, first)
     if all(e.overflowing or cut == text for e, cut, text in zip(encodings, first, texts, strict=True)):
         return encodings
     # too few tokens in a beginning: long runs without a space, or of spaces
-    return tokenizer.encode_batch(
-        [cut if e.overflowing else text for e, cut, text in zip(encodings, first, texts, strict=True)]
+    return encode_all(
+        tokenizer, [cut if e.overflowing else text for e, cut, text in zip(encodings, first, texts, strict=True)]
     )
+
+
+def encode_all(tokenizer, texts):
+    """What encode_batch makes; a lone text wakes none of its threads."""
+    if len(texts) != 1:
+        return tokenizer.encode_batch(texts)
+    (text,) = texts
+    return [tokenizer.encode(*text) if isinstance(text, tuple) else tokenizer.encode(text)]
 
 
 def beginning(text, size):
