@@ -8,13 +8,17 @@ import numpy as np
 
 
 def open_tokenizers(path, settings, load):
-    """(tokenizer, the same without truncation, how the tokenizer pads); both leave padding to whoever makes batches."""
-    tokenizer, whole = (load(str(path)) for _ in range(2))
+    """(tokenizer, the same without truncation where texts are read in windows, how the tokenizer pads).
+
+    Neither pads: whoever makes batches does.
+    """
+    tokenizer, whole = load(str(path)), None
     padding = tokenizer.padding
-    for each in (tokenizer, whole):
-        each.no_padding()
-    whole.no_truncation()
+    tokenizer.no_padding()
     if "overlap" in settings:
+        whole = load(str(path))
+        whole.no_padding()
+        whole.no_truncation()
         tokenizer.enable_truncation(settings["max_length"], stride=settings["overlap"], strategy="only_second")
     return tokenizer, whole, padding
 

@@ -36,8 +36,8 @@ class TritonPythonModel:
         if "graph" in self.settings:
             self.run = self.open_graph(folder)
             for texts in (1, 2 * self.settings["cores"]):  # no request pays for the first run of a session
-                self.run(self.whole.encode_batch(["A real text, for the first run of each session."] * texts))
-            self.run.warm(self.whole.encode("text"))
+                self.run(self.tokenizer.encode_batch(["A real text, for the first run of each session."] * texts))
+            self.run.warm(self.tokenizer.encode("text"))
             ctypes.CDLL(None).malloc_trim(0)  # what the graph's file took goes back to the system
 
     def open_graph(self, folder):
