@@ -32,7 +32,7 @@ def candidate(row, base):
     return cells | {"executed by": row["executed_by"]}
 
 
-def refused(model):
+def rejected(model):
     """{(engine, precision)} whose answers did not hold where the choice was made, mostly on more texts than here."""
     rows = model["choice"]["rows"] if model["choice"] else ()
     return {(row["engine"], row["precision"]) for row in rows if not row["holds"]}
@@ -81,7 +81,7 @@ def which(model, short=False):
         f"Model by model through the server, of the engines whose answers hold on {record['texts']['compared']} texts"
         f"{' and in the choice above' if model['choice'] else ''}, these serve {model['title']} best here:"
     )
-    found = list(choices(rows, rows[0], refused(model)))
+    found = list(choices(rows, rows[0], rejected(model)))
     return [lead, table(found[:2] + found[3:4] if short else found)]
 
 
