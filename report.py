@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
 """Write what results/ holds into the marked blocks of report.md and README.md, and into tables of each model.
 
-Reads:  results/<slug>/<machine>/quality.json, quality.csv, perf.json, plans.json, compile.json, complexity.json, surface.json,
-        sensitivity.json, precisions.json, sts.json; of a classifier verdicts.json, verdicts.csv, training.json; of a service that
-        generates generation.json.
+Reads:  results/<slug>/<machine>/: the records that reporting/findings.py names (KINDS) and training.json, each of which is
+        written by the script that measured it; for pictures quality.csv and verdicts.csv too.
 Writes: the text between <!-- begin NAME --> and <!-- end NAME --> in report.md and README.md; beside the data
         tables.md, every table of that model on that machine, and pictures.
 Run:    ./report.py
@@ -19,6 +18,7 @@ from core.arguments import make_parser
 from core.files import RESULTS, ROOT, read_json, replace_when_done
 from reporting.findings import KINDS
 from reporting.markdown import DETAILS, is_encoder
+from reporting.records import read_record
 from reporting.sections import blocks, details
 
 
@@ -28,17 +28,13 @@ def read_folder(folder):
     A missing file is None, and so is one of another export than the first that is there: measurements of two
     exports are not put side by side.
     """
-    files = {name: folder / f"{name}.json" for name in KINDS}
-    data = {n: read_json(f, "run the script that writes it again") if f.exists() else None for n, f in files.items()}
-    for name, record in data.items():
-        if record is not None and not (isinstance(record, dict) and {"model", "environment"} <= record.keys()):
-            raise SystemExit(f"{files[name]}: expected a record of a measurement, found another; measure again")
+    data = {name: read_record(folder / f"{name}.json") for name in KINDS}
     card = next((record["model"] for record in data.values() if record), None)
     for name, record in data.items():
         # None: complexity.py counted a model that was not exported
         found = record and record["model"].get("reference_sha256")
         if found and card.get("reference_sha256") not in (None, found):
-            print(f"{files[name]}: of another export than the other files, left out", file=sys.stderr)
+            print(f"{folder / name}.json: of another export than the other files, left out", file=sys.stderr)
             data[name] = None
     return card and {"slug": folder.parent.name, "machine": folder.name, "folder": folder, "card": card} | data
 

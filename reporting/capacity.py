@@ -9,6 +9,7 @@ import statistics
 from core.files import read_json
 from core.tables import SERVED
 from reporting.markdown import NOT_MEASURED, caption, listing
+from reporting.records import read_record
 from reporting.speed import levels
 from roofline.model import PRACTICAL_BATCH, fuse, least_time
 
@@ -32,11 +33,7 @@ def read_records(folder):
 
     complexity.json needs only the same weights, also of another folder of the results.
     """
-    paths = {kind: folder / f"{kind}.json" for kind in KINDS}
-    records = {kind: read_json(path, "measure again") if path.is_file() else None for kind, path in paths.items()}
-    for kind, record in records.items():
-        if record is not None and not (isinstance(record, dict) and {"model", "environment"} <= record.keys()):
-            raise SystemExit(f"{paths[kind]}: expected a record of a measurement, found another; measure again")
+    records = {kind: read_record(folder / f"{kind}.json") for kind in KINDS}
     card = card_of(records)
     for kind in ("length", "peers", "embed"):
         if records[kind] and records[kind]["model"].get("reference_sha256") != card.get("reference_sha256"):

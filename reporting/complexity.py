@@ -26,10 +26,9 @@ def summary(model):
         totals_line(record),
         gpu_line(record),
         bound_lists(record),
-        f"The batch from which on arithmetic is the bound on {gpu}, rounded up, and as solved:",
+        f"The batch from which on arithmetic is the bound on {gpu}, rounded up, and in brackets as solved:",
         threshold_table(record),
-        f"The least latency on {gpu} in µs, by arithmetic and memory alone:",
-        latency_table(model),
+        *least_latencies(model),
         agreement_line(measured) if measured else f"Times of the layers: {NOT_MEASURED}.",
     ]
 
@@ -45,7 +44,7 @@ def details(model):
 
 def totals_line(record):
     t = record["totals"]
-    weights = listing(f"{size / 1e6:.1f} MB in {p}" for p, size in t["weight_bytes"].items())
+    weights = listing(f"{t['weight_bytes'][p] / 1e6:.1f} MB in {p}" for p in precisions_of(record))
     return (
         f"One text of {record['length']} tokens costs **{t['flops'] / 1e9:.3f} GFLOPs**, {t['flops_per_token'] / 1e6:.1f} "
         f"MFLOPs per token ({record['convention']}); {t['matmul_flops'] / t['flops']:.1%} of them are in matmuls. The model "
@@ -60,7 +59,8 @@ def counters_line(record):
     return (
         f"{t['matmul_flops']:,} FLOPs are in matmuls, by the closed form and by torch's FlopCounterMode ({c['torch_flops']:,}). "
         f"fvcore's raw total is {c['fvcore_raw']:,}: {c['fvcore_macs']:,} multiply-adds and {c['fvcore_layer_norm']:,} for "
-        f"LayerNorms. The operations that fvcore has no rule for: {unsupported}."
+        f"LayerNorms. The operations that fvcore has no rule for: {unsupported}. Biases are left out. Softmax, GELU and LayerNorm "
+        "count a fixed number of FLOPs per element, a convention. Every input, weight and output is moved once."
     )
 
 
@@ -93,12 +93,12 @@ def kinds_table(record):
 
 
 def bound_lists(record):
-    """Which layers arithmetic bounds, and which memory, at each precision and batch."""
+    """Which layers arithmetic bounds at each precision and batch; memory bounds all others."""
     rows = []
     for p, b in product(precisions_of(record), BATCHES):
         bounds = {k["kind"]: k["precisions"][p]["bound"][b] for k in record["kinds"]}
-        lists = {w: ", ".join(k for k in bounds if bounds[k] == w) or "none" for w in ("arithmetic", "memory")}
-        rows.append({"precision and batch": f"{p} batch {b}"} | {f"bound by {w}": text for w, text in lists.items()})
+        found = ", ".join(k for k in bounds if bounds[k] == "arithmetic") or "none"
+        rows.append({"precision and batch": f"{p} batch {b}", "bound by arithmetic (all others: by memory)": found})
     return table(rows)
 
 
@@ -124,21 +124,20 @@ def least_us(record, precision, batch, how="fused"):
     return seconds and seconds * 1e6
 
 
-def latency_table(model):
-    """Least latency per precision, fused and not, beside a plan's measured p50."""
+def least_latencies(model):
+    """Least latency per precision, fused and not, beside a plan's measured p50 where there is one."""
     record, hows = model["complexity"], {"layer by layer": "apart", "chains fused": "fused"}
-    return table(
-        {
-            "precision": p,
-            **{
-                f"batch {b}: {name}": number(least_us(record, p, b, hows[name]), ".0f")
-                for b in BATCHES
-                for name in hows
-            },
-            **{f"batch {b}: measured": measured_latency(model["perf"], record["gpu"], p, b) for b in BATCHES},
-        }
-        for p in precisions_of(record)
+    gpu, rows, measured = record["gpu"], [], False
+    for p in precisions_of(record):
+        cells = {f"batch {b}: {how}": number(least_us(record, p, b, hows[how]), ".0f") for b in BATCHES for how in hows}
+        found = {f"batch {b}: measured": measured_latency(model["perf"], gpu, p, b) for b in BATCHES}
+        measured = measured or set(found.values()) != {NOT_MEASURED}
+        rows.append(({"precision": p} | cells, found))
+    lead = (
+        f"The least latency on {gpu['name']} in µs, by arithmetic and memory alone; fused: what lies inside a chain of layers is "
+        f"never written{'' if measured else '; a plan was not measured there'}:"
     )
+    return [lead, table(cells | found if measured else cells for cells, found in rows)]
 
 
 def measured_latency(perf, gpu, precision, batch):
@@ -162,7 +161,9 @@ def measured_parts(measured):
     lead = (
         f"**Measured** on {caption(m)}; {m['device'].upper()}, {m['threads']} threads, {m['library']}. A GEMM in {precision} reaches "
         f"{peak / 1e9:.0f} GFLOP/s, a triad {machine['bandwidth'] / 1e9:.1f} GB/s: the ridge point is "
-        f"{peak / machine['bandwidth']:.1f} FLOP/byte. {whole}. The last cache has {m['cache_bytes'] / 2**20:.0f} MiB."
+        f"{peak / machine['bandwidth']:.1f} FLOP/byte. {whole}. The last cache has {m['cache_bytes'] / 2**20:.0f} MiB. A "
+        "layer is timed with every operand from memory, and beside it the mere moving of as many bytes and the same call on "
+        "almost nothing. If one of the two takes at least half of the layer's time, it is the measured bound; else arithmetic is."
     )
     layers = (
         {
@@ -186,5 +187,5 @@ def agreement_line(measured):
     right = sum(r["agree"] for r in rows)
     return (
         f"Each kind of layer was also timed ({measured['device'].upper()}; {caption(measured)}). The roofline of that machine predicts "
-        f"the bound that was measured in {right} of {len(rows)} cases; the others are of {listing(lost)}."
+        f"the bound that was measured in {right} of {len(rows)} cases{f'; the others are of {listing(lost)}' if lost else ''}."
     )

@@ -3,7 +3,7 @@
 import statistics
 
 from core.tables import ENGINES
-from reporting.markdown import caption, listing, percent, table
+from reporting.markdown import caption, interval, listing, percent, table
 from reporting.peers import span
 
 
@@ -22,9 +22,7 @@ def candidate(row, base):
         return {"engine, precision": name_of(row), "executed by": f"not measured: {row['error']}"}
     agreement = row.get("agreement")
     cells = {"engine, precision": name_of(row), "relative L2 error": percent(row["relative_l2_error"])}
-    cells["agreement"] = (
-        f"{agreement['value']:.4f} [{agreement['low']:.4f}, {agreement['high']:.4f}]" if agreement else ""
-    )
+    cells["agreement"] = interval(agreement) if agreement else ""
     cells["holds"] = "yes" if row["holds"] else "no"
     for concurrency, level in row["levels"].items():
         cells[f"texts/s, concurrency {concurrency}"] = span(level["texts_per_s"], ".1f")
@@ -34,9 +32,15 @@ def candidate(row, base):
     return cells | {"executed by": row["executed_by"]}
 
 
-def choices(rows, base):
+def rejected(model):
+    """{(engine, precision)} whose answers did not hold where the choice was made, mostly on more texts than here."""
+    rows = model["choice"]["rows"] if model["choice"] else ()
+    return {(row["engine"], row["precision"]) for row in rows if not row["holds"]}
+
+
+def choices(rows, base, refused):
     """For each wish the engine that fulfils it best, and by how much: of those whose answers hold."""
-    passing = [row for row in rows if row.get("holds")]
+    passing = [row for row in rows if row.get("holds") and (row["engine"], row["precision"]) not in refused]
     exact = [row for row in passing if row["precision"] == "FP32"]
     lone, *_, together = base["levels"]
     wishes = (
@@ -70,11 +74,14 @@ def details(model):
 
 def which(model, short=False):
     """Which engine serves what; nothing where the base was not measured."""
-    rows = model["engines"]["rows"]
+    record, rows = model["engines"], model["engines"]["rows"]
     if "error" in rows[0] or not rows[0]["holds"]:
         return []
-    lead = f"Which engine serves {model['title']} on this machine, of those whose answers hold:"
-    found = list(choices(rows, rows[0]))
+    lead = (
+        f"Model by model through the server, of the engines whose answers hold on {record['texts']['compared']} texts"
+        f"{' and in the choice above' if model['choice'] else ''}, these serve {model['title']} best here:"
+    )
+    found = list(choices(rows, rows[0], rejected(model)))
     return [lead, table(found[:2] + found[3:4] if short else found)]
 
 

@@ -1,5 +1,7 @@
 """What a reader should know first: what was executed, five findings, and the table of results."""
 
+import re
+
 from core.tables import EMBEDDERS, REFERENCE, TRITON_TENSORRT
 from reporting import markdown as md
 from reporting.complexity import least_us, precisions_of
@@ -14,13 +16,13 @@ KINDS = (*SHOWN, "surface", "precisions", "ablation", "entities")  # computed or
 
 
 def rank(model):
-    """Which measurements of a model tell most: those on a GPU, then the most, then the newest."""
+    """Which machine's measurements of a model are shown: those on a GPU, then those with speeds, then the newest."""
     dates = [model[kind]["environment"]["utc"] for kind in SHOWN if model[kind]]
-    return bool(model["perf"] and md.on_gpu(model["perf"])), len(dates), max(dates, default="")
+    return bool(model["perf"] and md.on_gpu(model["perf"])), bool(model["perf"]), max(dates, default="")
 
 
 def best_of_each(models):
-    """Each model once, on the machine whose measurements tell most; the others have their own tables."""
+    """Each model once, on the machine that ranks highest; the others have their own tables."""
     ranked = sorted(models, key=rank)
     best = {model["slug"]: model["folder"] for model in ranked}
     return [model for model in models if model["folder"] == best[model["slug"]]]
@@ -61,7 +63,10 @@ def executed(models):
     """What the authors executed, and what they never did, as far as the records say."""
     records = [model[kind] for model in models for kind in SHOWN if model[kind]]
     servers = [r["server"] for r in records if r.get("server")]
-    engines = sorted({e for s in servers for e in s.get("engines", {}).values()})
+    engines = {e for s in servers for e in s.get("engines", {}).values()}
+    engines |= {
+        row["executed_by"] for m in models if m["engines"] for row in m["engines"]["rows"] if "error" not in row
+    }
     versions = sorted({s["version"] for s in servers})
     cards = [m["card"] for m in models]
     origins = {}  # models of one origin are named together
@@ -71,9 +76,6 @@ def executed(models):
     named = [f"{md.listing(names)} {origin}" for origin, names in origins.items()]
     sources = {c["source"] for c in cards} | {m["training"]["encoder"]["source"] for m in models if m["training"]}
     own = any(c["name"] == md.OF_RECORD and c["weights"] == "real" for c in cards)
-    machines = {}
-    for e in (record["environment"] for record in records):
-        machines.setdefault(md.machine_of(e).removeprefix(f"{e['cpu']}, "), set()).add(e["cpu"])
     facts = {
         "anything on a GPU": any(r["environment"]["gpu"] for r in records) or any("GPU" in e for e in engines),
         "TensorRT plans": any(m["plans"] for m in models) or any(e.startswith("TensorRT") for e in engines),
@@ -85,11 +87,36 @@ def executed(models):
     hubs = [name for prefix, name in HUBS.items() if not any(s.startswith(f"{prefix}:") for s in sources)]
     never += [f"a download from {md.listing(hubs, 'or')}"] if hubs else []
     return [
-        f"**What the authors executed.** The models are {md.listing(named)}. What executed them was {md.listing(engines)}"
+        f"**What the authors executed.** The models are {md.listing(named)}. What executed them was {named_engines(engines)}"
         f"{f', behind a Triton server of version {md.listing(versions)}' if versions else ''}. Everything was measured on "
-        f"{md.listing(f'{md.listing(sorted(cpus))} ({rest})' for rest, cpus in machines.items())}.",
+        f"{named_machines(record['environment'] for record in records)}.",
         f"**What the authors never executed:** {md.listing(never)}.",
     ]
+
+
+def named_engines(engines):
+    """ONNX Runtime, OpenVINO and PyTorch (CPU)"""
+    devices = {}
+    for engine in sorted(engines):  # "OpenVINO, CPU, BF16"
+        name, device, *_ = *engine.split(", "), "device unknown"
+        devices.setdefault(device, {})[name] = None
+    return md.listing(f"{md.listing(names)} ({device})" for device, names in devices.items())
+
+
+def named_machines(environments):
+    """AMD EPYC (family 25, models 1 and 17; 2 cores, 23.5 GiB, no GPU)"""
+    machines = {}
+    for e in environments:
+        # an older record has the processor's name alone
+        name, family, number = re.fullmatch(r"(.+?)(?:, (family \d+), model (\d+))?", e["cpu"]).groups()
+        families = machines.setdefault((name, md.machine_of(e).removeprefix(f"{e['cpu']}, ")), {})
+        if family:
+            families.setdefault(family, set()).add(int(number))
+    said = []
+    for (name, rest), families in machines.items():
+        kinds = [f"{f}, model{'s'[: len(ns) > 1]} {md.listing(sorted(ns))}" for f, ns in sorted(families.items())]
+        said.append(f"{name} ({'; '.join([*kinds, rest])})")
+    return md.listing(said)
 
 
 # --- findings ------------------------------------------------------------------------
@@ -115,8 +142,8 @@ def find_deviation(models, plans):
     for m in filter(md.is_encoder, models):
         found = {p.removeprefix("TRT_"): deviation(m, p) for p in plans}
         errors = md.listing(f"{md.percent(e)} in {p}" for p, e in found.items() if e is not None)
-        share = (m["sensitivity"] or {}).get("int8_flops_share") if "INT8" in found else None
-        inside = f", with {share:.1%} of the FLOPs of its weight MatMuls in INT8" if share else ""
+        written = (m["sensitivity"] or {}).get("int8_flops_share") if "INT8" in found else None
+        inside = f", with {md.share(written)} of the FLOPs of its weight MatMuls in INT8" if written else ""
         if errors != "none":
             what = "it" if said else "the relative L2 error of the embeddings"
             said.append(f"For {m['title']}, {what} is {errors}{inside}.")
@@ -171,9 +198,10 @@ def find_deployable(models):
     parts = []
     for model in (m for m in models if m["verdicts"]):
         record, (passed, failed) = model["verdicts"], deployable(model["verdicts"])
+        what = "it" if parts else "agreement with the original model in torch"
         parts.append(
-            f"For {model['title']}, agreement with the original model in torch is shown to be above {record['conclusion']['agreement']:.1%} "
-            f"on {record['data']['count']} texts for {md.listing(passed)}; it is not shown for {md.listing(failed)}."
+            f"For {model['title']}, {what} is shown to be above {record['conclusion']['agreement']:.1%} "
+            f"on {record['data']['count']} texts for {md.listing(passed)}{f'; it is not shown for {md.listing(failed)}' if failed else ''}."
         )
     return " ".join(parts)
 
@@ -205,7 +233,7 @@ def result_row(model, key, high):
     if key == EMULATED:  # no server has it
         return cells
     for c in (1, high):
-        cells[f"infer/s, concurrency {c}"] = md.number(found.get((key, c), {}).get("throughput_infer_per_s"), ".1f")
+        cells[f"texts/s, concurrency {c}"] = md.number(found.get((key, c), {}).get("throughput_infer_per_s"), ".1f")
     level = found.get((key, high))
     latency = f"{level['latency_p50_ms']:.1f} / {tail(level)}" if level else md.NOT_MEASURED
     return cells | {f"p50 / p99 ms, concurrency {high}": latency, "n": level["n"] if level else ""}
@@ -227,7 +255,7 @@ def results(models, everything):
         if model["perf"]:
             parts.append(noise_line(model["perf"]))
         parts += [padding_line(m) for m in everything if m["padded"] and m["padded"]["slug"] == model["slug"]]
-        parts.append(f"All its tables: [{md.DETAILS}]({md.relative(model, md.DETAILS)}).")
+        parts.append(f"[All its tables]({md.relative(model, md.DETAILS)}).")
     return parts or [f"Results of an encoder: {md.NOT_MEASURED}."]
 
 

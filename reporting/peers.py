@@ -7,7 +7,7 @@ from reporting.markdown import DETAILS, NOT_MEASURED, caption, listing, number, 
 
 OWN = ("project", "named by the user")
 RIVALS = {"published": "the best published peer", "by hand": "a server that batches by hand"}
-WRONG = {"failed": "failed", "wrong_label": "other label", "wrong_score": "other score"}
+WRONG = {"failed": "failed", "wrong_label": "with another label", "wrong_score": "with another score"}
 
 
 def span(found, form=".2f"):
@@ -15,11 +15,17 @@ def span(found, form=".2f"):
     return f"{found['median']:{form}} ({found['min']:{form}} to {found['max']:{form}})" if found else NOT_MEASURED
 
 
+def titled(system):
+    """A system's name, and the engine and precision of the project's own: BF16 (OpenVINO, BF16)."""
+    by = ", ".join(system.get("executed_by", "").split(", ")[:2])
+    return f"{system['name']} ({by})" if by else system["name"]
+
+
 def wrong(system):
     """What was wrong with a system's answers over all levels: "none", or how many of what."""
     totals = {name: sum(row["answers"][name] for row in system["levels"].values()) for name in WRONG}
     found = [f"{count} {WRONG[name]}" for name, count in totals.items() if count]
-    return ", ".join(found) or "none"
+    return listing(found)
 
 
 def speeds(record):
@@ -122,6 +128,16 @@ def sentences(record):
     return [f"{lead} The texts are the same.", table(rows)]
 
 
+def differing(record, own):
+    """A sentence on each of the project's services whose answers are not all those of transformers."""
+    return [
+        f"Of its {sum(sum(level['answers'].values()) for level in s['levels'].values())} answers, {titled(s)} gave {wrong(s)} "
+        f"(by more than {record['settings']['score_tolerance']:g}) than transformers."
+        for s in record["systems"]
+        if s["name"] in own and s["levels"] and wrong(s) != "none"
+    ]
+
+
 def peers(models):
     """What is shown of every classifier that was measured beside its peers."""
     shown = [model for model in models if model["peers"]]
@@ -133,13 +149,11 @@ def peers(models):
 def section(model):
     record = model["peers"]
     settings = record["settings"]
-    windows = listing(
-        f"{n} at concurrency {c}" for c, n in zip(settings["concurrency"], settings["requests"], strict=True)
-    )
     lead = (
         f"**{model['title']}**. {caption(record)}. {settings['texts']['count']} texts ({settings['texts']['file']}), one a "
-        f"request; {settings['rounds']} rounds, {windows}. A ratio is to the project's window of the same round: the median, "
-        f"and the lowest and the highest. Every system's figures, targets and limits: [{DETAILS}]({relative(model, DETAILS)})."
+        f"request; {settings['rounds']} rounds of {listing(settings['requests'])} requests at concurrency {listing(settings['concurrency'])}. Each cell is the median over the rounds of the ratio of texts per "
+        f"second, with the lowest and the highest round in brackets. `project` is this project's service in FP32. "
+        f"[All systems]({relative(model, DETAILS)})."
     )
     chosen = model["choice"] and model["choice"]["chosen"]
     begin = f"{TITLES[chosen['engine']]}, {chosen['precision']}," if chosen else None
@@ -149,6 +163,7 @@ def section(model):
     return [
         lead,
         table(row for row in comparisons(record) if row[""].split(" ÷")[0] in own),
+        *differing(record, own),
         *([f"Not measured, or not to the end: {'; '.join(missing)}."] if missing else []),
         f"![Throughput as a multiple of the project's]({relative(model, 'peers.png')})",
     ]

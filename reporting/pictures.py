@@ -14,11 +14,15 @@ from PIL import Image
 from core.files import replace_when_done
 from core.tables import MODELS, PRECISIONS, REFERENCE, REFERENCE_LINE, REFERENCE_MARKER
 from reporting.length import growth
-from reporting.speed import FIGURES, levels
+from reporting.peers import OWN, titled
+from reporting.services import SERVICE
+from reporting.speed import FIGURES, executed_by, levels
+from reporting.verdicts import named
 
 # readable in black and white
 STYLES = {key: (PRECISIONS[model.precision].line, PRECISIONS[model.precision].marker) for key, model in MODELS.items()}
 STYLES[REFERENCE] = (REFERENCE_LINE, REFERENCE_MARKER)
+COLORS = {key: f"C{i}" for i, key in enumerate(STYLES)}  # the same in every picture
 SETTINGS = {
     "axes.grid": True, "axes.grid.which": "both", "grid.alpha": 0.25, "legend.fontsize": 7,
     "axes.titlesize": 9, "figure.titlesize": 10, "lines.markersize": 5, "figure.constrained_layout.use": True, "savefig.dpi": 120,
@@ -43,7 +47,9 @@ def draw_deviations(model):
         label = f"{plan}: exact for {exact} of {len(values)} texts" if exact else plan
         shares = np.arange(exact + 1, len(values) + 1) / len(values)
         line = STYLES.get(plan, ("-",))[0]
-        axes.step(values[exact:], shares, linestyle=line, where="post", linewidth=2.2, label=label)
+        axes.step(
+            values[exact:], shares, linestyle=line, color=COLORS.get(plan), where="post", linewidth=2.2, label=label
+        )
     axes.set(xlabel="relative L2 error of a text's output to the ONNX reference", xscale="log")
     axes.set(ylabel="share of texts", ylim=(0, 1.02), title=f"{model['title']}: deviation per text")
     axes.legend()
@@ -53,27 +59,31 @@ def draw_deviations(model):
 def draw_performance(model):
     """Throughput with the span of its rounds, p50 and p99, each against concurrency."""
     perf, found = model["perf"], levels(model["perf"])
-    figure, panels = plt.subplots(1, 3, figsize=(13, 4.2))
-    labels = ("throughput, infer/s (bars: slowest and fastest round)", "latency p50, ms", "latency p99, ms")
+    measured = {m: [found[n, c] for n, c in sorted(found) if n == m] for m, _ in found}
+    names = [name for name in STYLES if name in measured] or [SERVICE]  # of one pass only the whole is measured
+    figure, panels = plt.subplots(1, 3, figsize=(13, 4.2), sharex=True)
+    labels = ("throughput, texts/s", "latency p50, ms", "latency p99, ms")
     for axes, key, label in zip(panels, FIGURES.values(), labels, strict=True):
-        for name, (line, marker) in STYLES.items():
-            rows = [found[m, c] for m, c in sorted(found) if m == name and found[m, c][key] is not None]
+        for name in names:
+            rows, (line, marker) = measured.get(name, []), STYLES.get(name, ("-", "o"))
             if key == FIGURES["throughput"]:
                 ends = [[r[f"throughput_{end}_infer_per_s"] for r in rows] for end in ("min", "max")]
                 axes.vlines([r["concurrency"] for r in rows], *ends, color="0.4")
             axes.plot(
                 [r["concurrency"] for r in rows],
-                [r[key] for r in rows],
+                [np.nan if r[key] is None else r[key] for r in rows],  # no line across a level without a p99
                 linestyle=line,
                 marker=marker,
-                label=name if rows else f"{name}: n too small",
+                color=COLORS.get(name),
+                label=name if any(r[key] is not None for r in rows) else f"{name}: n too small",
             )
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set(xlabel="concurrency", ylabel=label, ylim=(0, None))
         axes.legend()
-    engines = ", ".join(dict.fromkeys(perf["server"]["engines"].values()))
-    figure.suptitle(f"{model['title']}; executed by {engines}; {perf['environment']['cpu']}")
+    figure.suptitle(
+        f"{model['title']}; executed by {executed_by(perf)}; {perf['environment']['cpu']}; bars: slowest and fastest round"
+    )
     return figure
 
 
@@ -133,7 +143,7 @@ def draw_ablation(model):
     axes.bar_label(bars, fmt="%.2g", padding=2)
     axes.margins(x=0.1)
     axes.invert_yaxis()
-    axes.set(xlabel="relative L2 error, %", title=f"{model['title']}: all MatMuls in INT8")
+    axes.set(xlabel="relative L2 error, %", title=f"{model['title']}: all weight MatMuls in INT8")
     return figure
 
 
@@ -144,8 +154,12 @@ def draw_verdicts(model):
     labels = record["model"]["labels"] if threshold is None else [record["positive"]]
     logits = {n: np.array([[float(row[f"{n} {label}"]) for label in labels] for row in rows]) for n in record["models"]}
     reference = logits.pop("torch")
-    figure, panels = plt.subplots(1, len(logits), figsize=(3 * max(len(logits), 2), 3.4), squeeze=False)
-    for axes, (name, values) in zip(panels[0], logits.items(), strict=True):
+    columns = min(len(logits), 3)
+    lines = -(-len(logits) // columns)
+    figure, panels = plt.subplots(lines, columns, figsize=(3 * max(columns, 2), 3.2 * lines + 0.2), squeeze=False)
+    for axes in panels.flat[len(logits) :]:
+        axes.set_axis_off()
+    for axes, (name, values) in zip(panels.flat, logits.items(), strict=False):
         ends = [reference.min(), reference.max()]
         axes.plot(ends, ends, color="0.6", linewidth=1)
         if threshold is None:
@@ -156,7 +170,7 @@ def draw_verdicts(model):
             axes.axvline(threshold, color="0.4", linewidth=0.8, linestyle=":")
         axes.scatter(reference[~flipped], values[~flipped], s=5, alpha=0.5, linewidths=0)
         axes.scatter(reference[flipped], values[flipped], s=28, marker="x", color="black", label="other verdict")
-        axes.set(xlabel="logit, torch", ylabel=f"logit, {name}")
+        axes.set(xlabel="logit, torch", ylabel=f"logit, {named(name, record['models'][name]['engine'])}")
         axes.legend()
     figure.suptitle(f"{model['title']}: verdicts on {record['data']['count']} texts")
     return figure
@@ -172,12 +186,11 @@ def draw_peers(model):
     for axes, concurrency in zip(panels[0], record["settings"]["concurrency"], strict=True):
         for i, system in enumerate(systems):
             if found := system["levels"].get(str(concurrency), {}).get("ratio"):
-                own = system["kind"] in ("project", "named by the user")
-                axes.barh(i, found["median"], color="0.55" if own else "0.85", edgecolor="0.3")
+                axes.barh(i, found["median"], color="0.55" if system["kind"] in OWN else "0.85", edgecolor="0.3")
                 axes.hlines(i, found["min"], found["max"], color="black", linewidth=1)
         axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
         axes.set(xlabel="throughput as a multiple of the project's", title=f"concurrency {concurrency}")
-    panels[0][0].set_yticks(range(len(systems)), [system["name"] for system in systems])
+    panels[0][0].set_yticks(range(len(systems)), [titled(system) for system in systems])
     panels[0][0].invert_yaxis()
     cpu = record["environment"]["cpu"]
     figure.suptitle(f"{model['title']}; dark: the project's services; lines: slowest and fastest round; {cpu}")

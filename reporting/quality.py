@@ -1,6 +1,6 @@
 """Sections on what a precision does to the answers: deviations, sentence similarity, the search for INT8."""
 
-from reporting.markdown import caption, listing, number, percent, relative, table
+from reporting.markdown import NOT_MEASURED, caption, listing, number, percent, relative, share, table
 
 EMULATED = "FP32 as TF32 (emulated)"
 
@@ -21,11 +21,9 @@ def deviations(model):
     """What the plans' outputs differ by, averages over texts."""
     quality, rows = model["quality"], []
     for plan, row in averages(model).items():
-        engine = quality["server"]["engines"].get(plan, "ONNX Runtime, CPU")  # TF32 is emulated in process
-        cells = {"plan": plan, "executed by": row.get("error", engine)}
+        cells = {"plan": plan, "relative L2": row.get("error") or percent(row["relative_l2_error"])}
         if "error" not in row:
             cells |= {
-                "relative L2": percent(row["relative_l2_error"]),
                 "of the worst text": percent(row["worst_relative_l2_error"]),
                 "mean cosine": f"{row['mean_cosine']:.6f}",
                 "max abs": f"{row['max_abs_error']:.2e}",
@@ -33,26 +31,28 @@ def deviations(model):
                 "argmax flips": percent(row["argmax_flip_share"]),
             }
         rows.append(cells)
-    texts = quality["texts"]
-    return [f"{caption(quality)}; {texts['count']} texts ({texts['file']}).", table(rows)]
+    texts, engines = quality["texts"], quality["server"]["engines"]
+    engines = listing(dict.fromkeys(engines.get(row["plan"], "ONNX Runtime, CPU") for row in rows))  # TF32 in process
+    return [f"{caption(quality)}; {texts['count']} texts ({texts['file']}), executed by {engines}.", table(rows)]
 
 
 def similarity(models):
-    """The last hidden state and the similarity of sentences, per graph."""
-    rows = table(
-        {
-            "graph": plan,
-            "model": m["title"],
-            "mean cosine": f"{row['mean_cosine']:.6f}",
-            "relative L2": percent(row["relative_l2_error"]),
-            "Spearman of sentence pairs": number(row["spearman"], ".4f"),
-            "pairs": m["sts"]["pairs"]["count"] if m["sts"]["pairs"] else "none",
-        }
-        for m in models
-        if m["sts"]
-        for plan, row in m["sts"]["plans"].items()
-    )
-    return f"The last hidden state, and the similarity of sentences:\n\n{rows}"
+    """The last hidden state of each model, and Spearman's correlation of its similarities of sentences, per graph."""
+    parts = []
+    for m in (m for m in models if m["sts"]):
+        record, pairs = m["sts"], m["sts"]["pairs"]
+        rows = (
+            {
+                "graph": plan,
+                "mean cosine": f"{row['mean_cosine']:.6f}",
+                "relative L2": percent(row["relative_l2_error"]),
+                **({f"Spearman of {pairs['count']} pairs": number(row["spearman"], ".4f")} if pairs else {}),
+            }
+            for plan, row in record["plans"].items()
+        )
+        similarities = ", and the similarity of sentences" if pairs else ""
+        parts += [f"The last hidden state of {m['title']}{similarities}:", table(rows)]
+    return parts or [f"The last hidden state: {NOT_MEASURED}."]
 
 
 def fidelity(row):
@@ -72,10 +72,10 @@ def kept(models):
         for row in model["ablation"]["rows"]:
             rows.setdefault(row["ways"], {})[model["title"]] = fidelity(row)
         if model["sensitivity"]:
-            share = f"{model['sensitivity']['int8_flops_share'] or 0:.1%}"
-            rows.setdefault("share of the FLOPs written in INT8", {})[model["title"]] = share
+            written = share(model["sensitivity"]["int8_flops_share"] or 0)
+            rows.setdefault("share of the FLOPs written in INT8", {})[model["title"]] = written
     cells = [
-        {"all MatMuls in INT8": ways, **{m["title"]: row.get(m["title"], "") for m in shown}}
+        {"all weight MatMuls in INT8": ways, **{m["title"]: row.get(m["title"], "") for m in shown}}
         for ways, row in rows.items()
     ]
     return [table(cells), f"![Error with each further way]({relative(shown[0], 'ablation.png')})"]
@@ -91,7 +91,7 @@ def searches(models):
             {
                 "model": model["title"],
                 "texts that calibrate + select": f"{record['texts']['calibration']} + {record['texts']['selection']}",
-                "FLOPs of weight MatMuls in INT8": f"{record['int8_flops_share'] or 0:.1%}",
+                "FLOPs of weight MatMuls in INT8": share(record["int8_flops_share"] or 0),
                 "target": f"{record['target']['mean_cosine']:g} / {percent(record['target']['relative_l2_error'])}",
                 **{f"{p} reached": fidelity(reached[p]) if reached else "target not met" for p in ("INT8", "BEST")},
             }
@@ -129,13 +129,13 @@ def search(model):
 def ablation(model):
     """What each way of keeping INT8 close brings, and what attention's products cost."""
     record = model["ablation"]
-    share = record["rows"][-1].get("products_flops_share")
+    products = record["rows"][-1].get("products_flops_share")
     lead = (
         f"All weight MatMuls in INT8, one way added after another; {record['measured']['texts']} texts of "
         f"{record['measured']['file']}, of which none calibrated. {caption(record)}."
     )
-    if share is not None:
-        lead += f" Attention's own products have {share:.1%} of all MatMul FLOPs of these texts."
+    if products is not None:
+        lead += f" Attention's own products have {products:.1%} of all MatMul FLOPs of these texts."
     rows = table(
         {"ways": row["ways"], "share of FLOPs in INT8": f"{row['int8_flops_share']:.1%}", **errors(row)}
         for row in record["rows"]
@@ -184,7 +184,8 @@ def plans(models):
     for model in (m for m in models if m["compile"]):
         lines.setdefault(compile_line(model["compile"]), []).append(model)
     for line, of in lines.items():
-        parts.append(f"**{listing(m['title'] for m in of)}**: {line} {caption(*(m['compile'] for m in of))}.")
+        each = ", each" if len(of) > 1 else ""
+        parts.append(f"**{listing(m['title'] for m in of)}**{each}: {line} {caption(*(m['compile'] for m in of))}.")
     return parts
 
 

@@ -15,7 +15,7 @@ from reporting import (
     thresholds,
     verdicts,
 )
-from reporting.markdown import NOT_MEASURED, listing, relative
+from reporting.markdown import NOT_MEASURED, listing, relative, sizes_of
 
 
 def blocks(models):
@@ -41,7 +41,7 @@ def blocks(models):
         "embedders": of_record("perf", "Throughput and latency against concurrency", speed.performance),
         "deviations": [
             *of_record("quality", "Share of texts against relative L2 error", quality.deviations),
-            quality.similarity([m for m in models if m["sts"] and m["sts"]["pairs"]] or models),
+            *quality.similarity([m for m in models if m["sts"] and m["sts"]["pairs"]] or models),
         ],
         "complexity": of_record("complexity", "Roofline of every kind of layer", complexity.summary),
         "int8": quality.kept(models),
@@ -52,7 +52,15 @@ def blocks(models):
         "plans": quality.plans(models),
         "summary": findings.summary(models),
     }
-    return {name: "\n\n".join(part) for name, part in parts.items()}
+    texts = {name: "\n\n".join(part) for name, part in parts.items()}
+    return {name: text if name == "executed" else without_sizes(text, everything) for name, text in texts.items()}
+
+
+def without_sizes(text, models):
+    """A text that names machines by processor and GPU alone: cores, memory and the lack of a GPU stand in the first block."""
+    for e in (model[kind]["environment"] for model in models for kind in findings.KINDS if model[kind]):
+        text = text.replace(f", {sizes_of(e)}{'' if e['gpu'] else ', no GPU'}", "")
+    return text
 
 
 def elsewhere(everything, shown):
@@ -62,14 +70,14 @@ def elsewhere(everything, shown):
         for m in everything
         if m["folder"] not in [s["folder"] for s in shown] and not m["padded"]
     ]
-    return [f"Other machines measured too: {listing(links)}."] if links else []
+    return [f"Other machines measured {listing(links)} too."] if links else []
 
 
 def details(model):
     """tables.md of one model on one machine."""
     sections = (
         ("quality", "Deviations", quality.deviations),
-        ("sts", "Last hidden state", lambda m: [quality.similarity([m])]),
+        ("sts", "Last hidden state", lambda m: quality.similarity([m])),
         ("perf", "Every level", speed.details),
         ("peers", "Targets", targets.details),
         ("verdicts", "Verdicts", verdicts.details),

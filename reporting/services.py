@@ -1,6 +1,8 @@
 """The section on services: a row per exported checkpoint of another task than the task's own."""
 
-from reporting.markdown import DETAILS, NOT_MEASURED, caption, is_encoder, percent, relative, table
+from core.engines import TITLES
+from core.tables import REFERENCE
+from reporting.markdown import NOT_MEASURED, caption, interval, is_encoder, percent, table
 from reporting.speed import levels
 
 SERVICE = "ensemble"  # key of the whole service in perf.json, texts to answers
@@ -10,6 +12,12 @@ def origin(card):
     """Name, weights and source of a checkpoint, and its licence."""
     notes = [card["source"], *(card[key] for key in ("label", "licence") if card.get(key))]
     return f"{card['name']} ({'; '.join(notes)})"
+
+
+def precision_served(card):
+    """ONNX is the name of the reference, which computes in FP32."""
+    found = card["service"]["precision"]
+    return "FP32" if found == REFERENCE else found
 
 
 def row(model):
@@ -24,7 +32,7 @@ def row(model):
         "task": card["task"],
         "model": origin(card),
         "largest error to torch": f"{card['max_abs_error_to_torch']:.1e}",
-        "precision served": card["service"]["precision"],
+        "precision served": precision_served(card),
         "p50 ms, concurrency 1": f"{alone['latency_p50_ms']:.1f}" if alone else NOT_MEASURED,
         f"answers/s, concurrency {high}": f"{loaded['throughput_infer_per_s']:.1f}" if loaded else NOT_MEASURED,
     }
@@ -34,12 +42,12 @@ def generation_row(card, record):
     """One service that generates: tokens per second, and that as a multiple of transformers' generate()."""
     speeds = {row["batch"]: row["tokens_per_s"]["served"] for row in record["rows"]}
     ratios = [f"{row['served_to']['generate()']:.2f}" for row in record["rows"] if "generate()" in row["served_to"]]
-    heading = f"tokens/s, batch {' / '.join(map(str, speeds))} (to generate())"
+    heading = f"tokens/s, batch {' / '.join(map(str, speeds))} (× transformers' generate())"
     return {
         "task": card["task"],
         "model": origin(card),
         "largest error to torch": f"{card['max_error_to_torch']:.1e}",
-        "precision served": card["service"]["precision"],
+        "precision served": precision_served(card),
         heading: f"{' / '.join(f'{speed:.1f}' for speed in speeds.values())} ({' / '.join(ratios) or NOT_MEASURED})",
     }
 
@@ -69,14 +77,14 @@ def generation_level(row, way):
 def candidate(found, chosen):
     """One engine and precision that was measured for a service on this CPU."""
     agreement = found.get("agreement")
-    name = f"{found['engine']}, {found['precision']}"
+    name = f"{TITLES[found['engine']]}, {found['precision']}"
     same = {key: found[key] for key in ("engine", "precision")} == chosen
     return {
         "engine, precision": f"**{name}**" if same else name,
         "texts/s alone": f"{found['alone_texts_per_s']:.1f}",
         "texts/s, eight together": f"{found['together_texts_per_s']:.1f}",
         "relative L2 error": percent(found["relative_l2_error"]),
-        "agreement": f"{agreement['value']:.4f} [{agreement['low']:.4f}, {agreement['high']:.4f}]" if agreement else "",
+        "agreement": interval(agreement) if agreement else "",
         "holds": "yes" if found["holds"] else "no",
     }
 
@@ -84,8 +92,8 @@ def candidate(found, chosen):
 def chosen(models):
     """For each service whose engine was chosen, which one, of what."""
     return [
-        f"The fastest engine and precision for {m['title']} on this CPU whose answers hold: {m['choice']['chosen']['engine']}, "
-        f"{m['choice']['chosen']['precision']}, of {len(m['choice']['rows'])} candidates ([table]({relative(m, DETAILS)}))."
+        f"Without a server, the fastest engine and precision for {m['title']} on this CPU whose answers hold is "
+        f"{TITLES[m['choice']['chosen']['engine']]}, {m['choice']['chosen']['precision']}, of {len(m['choice']['rows'])} candidates."
         for m in models
         if m["choice"]
     ]

@@ -32,9 +32,9 @@ def noise_factor(perf):
     return 1 + max((row["spread_percent"] for row in levels(perf).values()), default=0) / 100
 
 
-def noise_line(perf):
-    """The noise, and what follows from it for the tables."""
-    if shown := noise(perf):
+def noise_line(perf, figures=("throughput",)):
+    """The noise of some figures, and what follows from it for the tables."""
+    if shown := {name: ends for name, ends in noise(perf).items() if name in figures}:
         ratios = listing(f"{low:.2f} to {high:.2f} for {name}" for name, (low, high) in shown.items())
         lead = f"**Noise.** {REPLICATE} is {REFERENCE}'s file under another name: the ratio of the two is {ratios}."
     else:
@@ -50,34 +50,46 @@ def best_key(perf, concurrency):
     return best if second and speeds[best] > noise_factor(perf) * speeds[second] else None
 
 
+def short(value):
+    """82.4, 2180"""
+    return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
+
+
 def tail(row):
     """p99 of a row, which needs enough requests."""
-    return "–" if row["latency_p99_ms"] is None else f"{row['latency_p99_ms']:.1f}"
+    return "–" if row["latency_p99_ms"] is None else short(row["latency_p99_ms"])
 
 
 def throughput(perf, row):
     """Median of the rounds and their span; bold where an embedder is faster than every other one."""
-    speed = f"{row['throughput_infer_per_s']:.1f}"
+    speed = short(row["throughput_infer_per_s"])
     speed = f"**{speed}**" if row["model"] == best_key(perf, row["concurrency"]) else speed
-    ends = f"({row['throughput_min_infer_per_s']:.1f} to {row['throughput_max_infer_per_s']:.1f})"
+    ends = f"({short(row['throughput_min_infer_per_s'])} to {short(row['throughput_max_infer_per_s'])})"
     return f"{speed} {ends}{'' if row['stable'] else ', unstable'}"
 
 
 def matrix(perf, cell):
-    """A row per model and a column per concurrency."""
-    rows = {(r["model"], r["concurrency"]): "refused" if "error" in r else cell(r) for r in perf["rows"]}
-    names, concurrencies = dict.fromkeys(m for m, _ in perf["planned"]), sorted({c for _, c in perf["planned"]})
-    return table({"model": m} | {str(c): rows.get((m, c), NOT_MEASURED) for c in concurrencies} for m in names)
+    """A row per model and a column per concurrency; blank where no level was planned."""
+    planned = [tuple(level) for level in perf["planned"]]
+    rows = dict.fromkeys(planned, NOT_MEASURED)
+    rows |= {(r["model"], r["concurrency"]): "refused" if "error" in r else cell(r) for r in perf["rows"]}
+    names, concurrencies = dict.fromkeys(m for m, _ in planned), sorted({c for _, c in planned})
+    return table({"model": m} | {str(c): rows.get((m, c), "") for c in concurrencies} for m in names)
+
+
+def executed_by(perf):
+    """What executed the graphs of a run, in words."""
+    server = perf["server"]
+    return listing(dict.fromkeys(server["engines"].values()) or [server.get("executed_by", NOT_MEASURED)])
 
 
 def how_measured(perf):
     """Machine, tool and settings of a run in a sentence or two; what its speeds are worth."""
-    s, server = perf["settings"], perf["server"]
-    engines = listing(dict.fromkeys(server["engines"].values()) or [server.get("executed_by", NOT_MEASURED)])
+    s = perf["settings"]
     lead = (
         f"{caption(perf)}. The load came from perf_analyzer over {s['protocol']}, {s['batch_size']} text a request "
         f"({s['inputs']}), in {s['rounds']} rounds of about {s['window_s']:g} s a level"
-        f"{', in a quick run' if perf['quick'] else ''}. What executed the graphs is {engines}."
+        f"{', in a quick run' if perf['quick'] else ''}. What executed the graphs is {executed_by(perf)}."
     )
     if not on_gpu(perf):
         lead += " **These speeds allow no conclusion about TensorRT**, whose speed on a GPU was not measured here."
@@ -92,7 +104,7 @@ def performance(model):
         "Throughput in texts per second by concurrency, with the slowest and the fastest round:",
         matrix(perf, lambda r: throughput(perf, r)),
         "Latency in ms by concurrency, p50 / p99; n requests:",
-        matrix(perf, lambda r: f"{r['latency_p50_ms']:.1f} / {tail(r)}; {r['n']}"),
+        matrix(perf, lambda r: f"{short(r['latency_p50_ms'])} / {tail(r)}; {r['n']}"),
     ]
 
 
@@ -141,18 +153,18 @@ def padding_line(model):
     if not ratios:
         return f"At dynamic length: {NOT_MEASURED}."
     return (
-        f"At dynamic length, on texts as long as they are, its embedders' throughput is {min(ratios):.2f} to {max(ratios):.2f} times as high "
-        f"([table]({relative(model, DETAILS)}))."
+        f"Without padding (at dynamic length), the throughput of its embedders is {min(ratios):.2f} to {max(ratios):.2f} times as "
+        f"high ([table]({relative(model, DETAILS)}))."
     )
 
 
 def level_cells(model, concurrency, row):
     """One level: the client's latencies, the server's split, what the server used."""
-    cells = {"model": model, "concurrency": concurrency, "infer/s": row.get("error")}
+    cells = {"model": model, "concurrency": concurrency, "texts/s": row.get("error")}
     if "error" in row:
         return cells
     return cells | {
-        "infer/s": f"{row['throughput_infer_per_s']:.1f}",
+        "texts/s": f"{row['throughput_infer_per_s']:.1f}",
         "n": row["n"],
         "served / bare": number(row.get("served_to_bare"), ".2f"),
         **{f"{k} ms": f"{row[f'latency_{k}_ms']:.1f}" for k in ("mean", "p50", "p90", "p95")},
@@ -199,4 +211,6 @@ def details(model):
     perf = model["perf"]
     found = {(r["model"], r["concurrency"]): r for r in perf["rows"]}
     rows = (level_cells(m, c, found.get((m, c), {"error": NOT_MEASURED})) for m, c in perf["planned"])
-    return [how_measured(perf), noise_line(perf), table(rows), *rates(perf), *best_line(perf), *padding_table(model)]
+    share = "*Served / bare* is the throughput beside the best of the same graph without a server."
+    parts = [how_measured(perf), noise_line(perf, FIGURES), share, table(rows)]
+    return [*parts, *rates(perf), *best_line(perf), *padding_table(model)]

@@ -11,12 +11,12 @@ def soak(model):
         bad, refused = sum(n for k, n in found.items() if k.startswith("bad")), found.get("bad, refused", 0)
         rows.append(
             {
-                "service": f"{model['title']}, {precision}",
+                "service": f"{model['title']}, {precision.replace('of all five', 'all five embedders')}",
                 "minutes": f"{run['seconds'] / 60:.0f}",
-                "good: right / wrong / lost": " / ".join(
+                "good requests: right / wrong / lost": " / ".join(
                     str(found.get(f"good, {word}", 0)) for word in ("right", "wrong", "lost")
                 ),
-                "bad: refused / not": f"{refused} / {bad - refused}",
+                "bad requests: refused / let in": f"{refused} / {bad - refused}",
                 "MiB at first / at last": f"{memory[0][1]:.0f} / {memory[-1][1]:.0f}",
                 "MiB for each 100,000 requests": f"{run['mib_per_100000_requests']:+.1f} ± {run['standard_error']:.1f}",
             }
@@ -25,26 +25,29 @@ def soak(model):
 
 
 def recovery(model):
-    """Sentences on kills and on the overload."""
+    """Sentences on what was killed or stopped, and on the overload."""
     record = model["recovery"]
     kills = listing(
-        f"never after {name}" if seconds is None else f"{seconds:.1f} s after {name}"
+        f"{'never' if seconds is None else f'{seconds:.1f} s'} after {name.replace(', ', ' got ')}"
         for name, seconds in record["kills"].items()
     )
     load = record["overload"]
     told = ", ".join(f"{n} {what}" for what, n in sorted(load["outcomes"].items()))
     return [
         f"{model['title']} under `--supervise --guard` answers right again {kills}.",
-        f"{load['clients']} clients at once for {load['seconds']:g} s: {told}; p99 of the "
-        f"answers {load['p99_s_of_answered']:.1f} s.",
+        f"{load['clients']} clients at once for {load['seconds']:g} s got these answers: {told}; the p99 of the right ones was "
+        f"{load['p99_s_of_answered']:.1f} s.",
     ]
 
 
 def shortly(model):
-    """recovery without the kinds of kill."""
+    """recovery without the kinds of fault."""
     seconds, overload = model["recovery"]["kills"].values(), recovery(model)[1]
-    longest = "not always" if None in seconds else f"within {max(seconds):.1f} s"
-    return [f"{model['title']} under `--supervise --guard` answers again {longest} after {len(seconds)} kinds of kill.", overload]  # fmt: skip
+    again = "does not always answer again" if None in seconds else f"answers again within {max(seconds):.1f} s"
+    return [
+        f"{model['title']} under `--supervise --guard` {again} when a process is killed or stopped ({len(seconds)} kinds of fault).",
+        overload,
+    ]
 
 
 def failover_rows(record):
@@ -67,7 +70,10 @@ def failover(model):
     requests, lost, wrong = (sum(row[word] for row in rows) for word in ("requests", "lost", "wrong"))
     slowest = max(row["slowest_s"] for row in rows if row["slowest_s"] is not None)
     rates = listing(f"{rate:.0f}" for rate in record["requests_per_s"])
-    return f"{record['servers']} servers behind HAProxy in {len(record['faults'])} kinds of fault, {rates} requests/s: of {requests}, {lost} lost and {wrong} wrong; the slowest answer took {slowest:.1f} s."
+    return (
+        f"{record['servers']} servers behind HAProxy got {rates} requests/s through {len(record['faults'])} kinds of fault: of "
+        f"{requests} requests, {lost} were lost and {wrong} answered wrongly; the slowest answer took {slowest:.1f} s."
+    )
 
 
 def details(model):

@@ -71,7 +71,7 @@ def measured(model):
         f"**Measured** on {found['device'].upper()}, {found['library']}; {caption(found)}. A square GEMM reaches in TFLOP/s {peaks}; "
         f"a copy moves {roofs['bandwidth'] / 1e9:.0f} GB/s. The batches are those from which on a layer reaches 80% of that "
         f"GEMM, found among {listing(found['batches'])}. Prediction and measurement agree within a factor of two in "
-        f"{len(rows) - len(lost)} of {len(rows)} cases; not for {listing(lost)}.",
+        f"{len(rows) - len(lost)} of {len(rows)} cases{f'; not for {listing(lost)}' if lost else ''}.",
         table(map(measured_cells, rows)),
         f"Deviations of that arithmetic from FP32 without TF32, {found['texts']} texts:",
         table(

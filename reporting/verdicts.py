@@ -1,20 +1,24 @@
 """Sections on which precision of a classifier may be deployed: results/<slug>/<machine>/verdicts.json."""
 
-from reporting.markdown import NOT_MEASURED, caption, listing, relative, table
+from core.tables import MODELS, PRECISIONS
+from reporting.markdown import DETAILS, NOT_MEASURED, caption, interval, listing, relative, table
 
 SAME = ("torch", "ONNX", "TRT_FP32")  # what the others are held against, and its file under another name
 
 
-def interval(value):
-    """0.9123 [0.8990, 0.9255]"""
-    return "undefined" if value is None else f"{value['value']:.4f} [{value['low']:.4f}, {value['high']:.4f}]"
+def named(key, engine):
+    """A model's key, and a word where a CPU executed it that has no kernels of its precision."""
+    without = key in MODELS and not PRECISIONS[MODELS[key].precision].on_cpu
+    # a record may name the engine alone: "ONNX Runtime, CPU, in process"
+    return f"{key} (emulated)" if "emulated" in engine or ("CPU" in engine and without) else key
 
 
 def deployable(record):
     """(models that pass the rule, models that do not)."""
-    found = record["conclusion"]
-    passed = [c["model"] for c in found["candidates"] if c["agreement_low"] > found["agreement"]]
-    return passed, [c["model"] for c in found["candidates"] if c["model"] not in passed]
+    found, names = record["conclusion"], ([], [])
+    for c in found["candidates"]:
+        names[c["agreement_low"] <= found["agreement"]].append(named(c["model"], c["engine"]))
+    return names
 
 
 def deploy(models):
@@ -24,7 +28,7 @@ def deploy(models):
         return [f"Verdicts of a classifier: {NOT_MEASURED}."]
     parts = [table(rows)]
     studied = [m for m in models if m["verdicts"]]
-    parts += [f"**{m['title']}**. {m['verdicts']['conclusion']['text']}. {facts(m)}" for m in studied]
+    parts += [f"**{m['title']}**. The rule names {m['verdicts']['conclusion']['text']}. {facts(m)}" for m in studied]
     pictures = [f"![Logits of each model against those of torch]({relative(m, 'verdicts.png')})" for m in studied]
     return parts + pictures[:1]
 
@@ -35,7 +39,7 @@ def agreements(model):
     return record and {
         "model": model["title"],
         "what is kept": f"agreement with torch, {record['data']['count']} texts",
-        **{key: interval(row["agreement"]) for key, row in record["models"].items() if key not in SAME},
+        **{named(k, row["engine"]): interval(row["agreement"]) for k, row in record["models"].items() if k not in SAME},
     }
 
 
@@ -79,7 +83,7 @@ def facts(model):
     """What calibrated its INT8 graphs, and where all of the study stands."""
     calibration = model["verdicts"].get("calibration")
     by = f"INT8 was calibrated with {calibration['count']} texts of {calibration['file']}. " if calibration else ""
-    return f"{by}{caption(model['verdicts'])}. [All of it]({relative(model, 'tables.md')})."
+    return f"{by}{caption(model['verdicts'])}. [All its tables]({relative(model, DETAILS)})."
 
 
 def origin(model):
@@ -147,6 +151,6 @@ def conclusion(record):
     if any("CPU" in c["engine"] for c in found["candidates"]):
         note = " The latencies are those of ONNX Runtime on a CPU and say nothing about TensorRT."
     return (
-        f"The rule names {found['rule']}. These pass: {listing(passed)}. These do not: {listing(failed)}.\n\n"
+        f"The rule looks for {found['rule']}. These pass: {listing(passed)}. These do not: {listing(failed)}.\n\n"
         f"**Conclusion: {found['text']}.**{note}"
     )

@@ -9,6 +9,8 @@ import report_data as data
 from conftest import ROOT, run, succeed
 from report_data import block, report, written
 
+from reporting import findings, markdown
+
 TEXT = data.TEXT
 
 
@@ -97,7 +99,8 @@ def test_committed_report_is_what_the_committed_data_gives():
 
 
 def test_committed_report_fits_its_size():
-    assert (ROOT / "report.md").stat().st_size <= 25_000
+    assert (ROOT / "report.md").stat().st_size < 25_000
+    assert (ROOT / "README.md").stat().st_size < 12_288
 
 
 # --- which measurements stand together -----------------------------------------------
@@ -115,8 +118,21 @@ def test_of_two_machines_one_is_shown_and_the_other_has_its_own_tables(place):
     data.write_quality(other, place.model, engines=data.GPU)
     text = block(written(place), "results")
     assert text.count("**all-MiniLM-L6-v2**. A CPU") == 1
-    assert "Other machines measured too: [all-MiniLM-L6-v2](results/all-MiniLM-L6-v2)" in text
+    assert "Other machines measured [all-MiniLM-L6-v2](results/all-MiniLM-L6-v2) too." in text
     assert all("## Deviations" in (folder / "tables.md").read_text() for folder in (place.folder, other))
+
+
+def test_of_two_machines_without_a_gpu_the_newest_with_speeds_is_shown(place):
+    data.write_perf(place.folder, place.model, [data.level("ONNX", 50.0)])
+    data.write_sensitivity(place.folder, place.model)
+    for name, month, kind in (("b-cpu", "02", "perf"), ("c-cpu", "03", "quality")):  # newer, with fewer kinds
+        folder = place.folder.with_name(name)
+        shutil.copytree(place.folder, folder, ignore=lambda _, names, kind=kind: [n for n in names if kind not in n])
+        record = json.loads((folder / f"{kind}.json").read_text())
+        record["environment"] |= {"utc": f"2026-{month}-01T00:00:00+00:00", "cpu": f"CPU {name}"}
+        data.write(folder, kind, record)
+    text = block(written(place), "results")
+    assert "**all-MiniLM-L6-v2**. CPU b-cpu; 2026-02-01" in text
 
 
 def test_the_model_of_record_is_distilbert_and_its_random_weights_are_said(place):
@@ -155,6 +171,32 @@ def test_what_was_never_executed_follows_the_records(place):
     for what in ("anything on a GPU", "TensorRT plans", "Docker", "hub", "with its own weights"):
         assert what not in never
     assert "MLflow" in never
+
+
+def test_machines_and_engines_are_named_in_few_words():
+    facts = {"cores": 2, "memory_gib": 8.0, "gpu": None}
+    cpus = (
+        "EPYC",
+        "EPYC, family 25, model 17",
+        "EPYC, family 25, model 1",
+        "EPYC, family 26, model 2",
+        "Xeon 9 @ 2 GHz",
+    )
+    found = findings.named_machines([facts | {"cpu": cpu} for cpu in cpus])
+    rest = "2 cores, 8.0 GiB, no GPU"
+    assert found == f"EPYC (family 25, models 1 and 17; family 26, model 2; {rest}) and Xeon 9 @ 2 GHz ({rest})"
+    engines = {
+        "OpenVINO, CPU, BF16",
+        "OpenVINO, CPU",
+        "ONNX Runtime, CPU",
+        "ONNX Runtime, CPU, emulated",
+        "TensorRT, GPU",
+    }
+    assert findings.named_engines(engines) == "ONNX Runtime and OpenVINO (CPU) and TensorRT (GPU)"
+
+
+def test_a_share_is_called_all_only_where_it_is_all():
+    assert [markdown.share(value) for value in (1, 0.99996, 0.9809, 0)] == ["100.0%", "99.9%", "98.1%", "0.0%"]
 
 
 def test_findings_are_of_the_data_and_missing_ones_say_so(place):

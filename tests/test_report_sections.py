@@ -56,6 +56,10 @@ def test_an_unstable_and_an_unmeasured_level_are_marked(place):
     data.write_perf(place.folder, place.model, rows, planned=[["TRT_BEST", 1]])
     text = block(written(place), "embedders")
     assert "| ONNX | 50.0 (49.0 to 51.0), unstable |" in text and "| TRT_BEST | not measured |" in text
+    rows.append(data.level("ensemble", 2000.0, 8))
+    data.write_perf(place.folder, place.model, rows, planned=[["TRT_BEST", 1]])
+    text = block(written(place), "embedders")  # what nobody planned is blank
+    assert "| ONNX | 50.0 (49.0 to 51.0), unstable |  |" in text and "| ensemble |  | 2000 (1999 to 2001) |" in text
     tables = (place.folder / "tables.md").read_text()
     assert "| no, 31% |" in tables and "| TRT_BEST | 1 | not measured |" in tables
 
@@ -77,7 +81,10 @@ def test_what_padding_costs_is_shown_where_both_lengths_were_measured(place):
     data.write_perf(dynamic, model, [*rows, data.level("tokenizer", 500.0)])
     text = written(place)
     results = block(text, "results")
-    assert "throughput is 2.00 to 3.00 times as high" in results and "at dynamic length**" not in text
+    assert (
+        "Without padding (at dynamic length), the throughput of its embedders is 2.00 to 3.00 times as high" in results
+        and "at dynamic length**" not in text
+    )
     tables = (dynamic / "tables.md").read_text()
     assert "of all-MiniLM-L6-v2, where every text is padded to 128 tokens" in tables
     assert "| ONNX | 2.00 | 3.00 |" in tables and "| tokenizer | 10.00 | not measured |" in tables
@@ -102,7 +109,8 @@ def test_equal_layers_are_one_row_and_those_without_threshold_too(place):
     text = block(written(place), "complexity")
     assert "| Q, K, V | 3 (2.40) | 3 (2.40) | 3 (2.40) | 3 (2.40) |" in text  # T4 has no TF32: no column of it
     assert "| GELU, softmax | never | never | never | never |" in text
-    assert "| Q, K, V | GELU, softmax |" in text and "complexity.png" in text
+    bound = text.split("| bound by arithmetic (all others: by memory) |")[1].split("\n\n")[0]
+    assert bound.endswith("| Q, K, V |") and "GELU" not in bound and "complexity.png" in text
     assert "| INT8 | 300 | 300 |" in text and "| BEST | 100 | 100 |" in text
 
 
@@ -137,70 +145,6 @@ def test_the_table_of_plans_says_how_each_was_built(place):
     assert "FP16 | model_TRT_FP16/1/model.onnx | typed | 9 FP16 | 4 FP16 |" in block(written(place), "plans")
 
 
-# --- services ------------------------------------------------------------------------
-
-
-def test_a_service_that_generates_is_a_row_and_has_a_table_of_its_ways(place):
-    place.text.write_text(data.TEXT + "\n<!-- begin services -->\nold\n<!-- end services -->\n")
-    data.write_generation(place.results / "smollm2" / "a-cpu", data.generator())
-    text = block(written(place), "services")
-    assert "| tokens/s, batch 1 / 8 (to generate()) |" in text
-    assert "| 1.5e-06 | ONNX | 50.0 / 400.0 (2.00 / 2.00) |" in text and "smollm2 (pip package" in text
-    tables = (place.results / "smollm2" / "a-cpu" / "tables.md").read_text()
-    assert "| served, batch 8 | 400.0 (399.0 to 402.0) |  |  |" in tables
-    assert "| in process, batch 8 | 416.0 (415.0 to 418.0) | 0.96 | 8 of 8 |" in tables
-    assert report(place, "--check").returncode == 0
-
-
-def test_engines_are_held_against_onnx_runtime_and_one_is_named_for_each_wish(place):
-    def row(engine, precision, speed, memory, error, **others):
-        level = {"texts_per_s": {"median": speed, "min": speed - 1, "max": speed + 1}, "latency_p50_ms": 9.0, "n": 60}
-        found = {
-            "engine": engine,
-            "precision": precision,
-            "executed_by": engine,
-            "relative_l2_error": error,
-            "holds": True,
-        }
-        return found | {"start_s": [9.0, 4.0, 5.0], "memory_mib": memory, "levels": {"1": level, "8": level}} | others
-
-    rows = [
-        row("onnxruntime", "FP32", 50.0, 400.0, 0.0),
-        row("openvino", "INT8", 125.0, 500.0, 0.05),
-        row("openvino", "BEST", 500.0, 600.0, 0.5, holds=False),
-        {"engine": "pytorch", "precision": "FP32", "error": "it ended by itself"},
-    ]
-    settings = {"rounds": 3, "requests": {"1": 60, "8": 160}}
-    record = data.record(data.classifier(), rows=rows, settings=settings, texts={"file": "a.txt", "compared": 64})
-    data.write(place.results / "reviews" / "a-cpu", "engines", record)
-    written(place)
-    text = (place.results / "reviews" / "a-cpu" / "tables.md").read_text()
-    assert (
-        "| OpenVINO, INT8 | 5.0% |  | yes | 125.0 (124.0 to 126.0) | 2.50 |" in text and "9.0 first, 5.0 median" in text
-    )
-    assert "not measured: it ended by itself" in text
-    assert (
-        "| most texts/s, 8 together, most texts/s, one at a time | OpenVINO, INT8 | 125.0: 2.50 × ONNX Runtime, FP32 |"
-        in text
-    )
-    assert "ONNX Runtime, FP32 | 400.0: no other is better |" in text
-
-
-def test_what_a_service_survived_is_counted_by_outcome(place):
-    place.text.write_text(data.TEXT + "\n<!-- begin survived -->\nold\n<!-- end survived -->\n")
-    assert "Not measured." in block(written(place), "survived")
-    data.write_survival(place.results / "reviews" / "a-cpu", data.classifier())
-    text = block(written(place), "survived")
-    assert "| reviews, INT8 | 30 | 800 / 0 / 0 | 199 / 1 | 400 / 401 | +1.5 ± 2.0 |" in text
-    assert "answers again not always after 2 kinds of kill" in text
-    assert "400 clients at once for 30 s: 5 refused, 9 right" in text and "p99 of the answers 1.2 s" in text
-    assert "3 servers behind HAProxy in 1 kinds of fault, 63 requests/s: of 300, 1 lost and 2 wrong" in text
-    tables = (place.results / "reviews" / "a-cpu" / "tables.md").read_text()
-    assert "12.3 s after the server, SIGKILL and never after the guard" in tables
-    assert "| one hangs | HTTP | asked once | 200 | 1 | 2 | 0.50 | 4.00 |" in tables
-    assert "## What it survived" in tables and "+1.5 ± 2.0" in tables
-
-
 # --- verdicts ------------------------------------------------------------------------
 
 
@@ -211,11 +155,32 @@ def test_verdicts_are_shown_with_their_conclusion_and_not_among_the_embedders(pl
     text = written(place)
     shown, tables = block(text, "deploy"), (folder / "tables.md").read_text()
     assert "| reviews | agreement with torch, 2 texts | 0.9800 [0.9700, 0.9800] |" in shown
-    assert "**reviews**. ONNX. " in shown and "verdicts.png" in shown
+    assert "**reviews**. The rule names ONNX. " in shown and "verdicts.png" in shown
     assert "**Conclusion: ONNX.**" in tables and "answers by the same rule" in tables
     assert "These pass: ONNX. These do not: TRT_INT8." in tables
     assert "reviews" not in block(text, "results")
     assert report(place, "--check").returncode == 0
+
+
+def test_what_a_cpu_has_no_kernels_for_is_called_emulated(place):
+    folder = place.results / "reviews" / "a-cpu"
+    data.write_verdicts(folder, data.classifier())
+    record = json.loads((folder / "verdicts.json").read_text())
+    for key, engine in (("TRT_BF16", "ONNX Runtime, CPU, in process"), ("TRT_FP8", "ONNX Runtime, CPU, emulated")):
+        record["models"][key] = record["models"]["TRT_INT8"] | {"engine": engine}
+        record["conclusion"]["candidates"].append({"model": key, "agreement_low": 0.9, "engine": engine})
+    texts = (folder / "verdicts.csv").read_text().splitlines()
+    header, *rows = (line.split(",") for line in texts)
+    header += [f"{key} {label}" for key in ("TRT_BF16", "TRT_FP8") for label in ("negative", "positive")]
+    lines = [header, *(row + row[-2:] * 2 for row in rows)]
+    (folder / "verdicts.csv").write_text("\n".join(",".join(line) for line in lines) + "\n")
+    data.write(folder, "verdicts", record)
+    text = written(place)
+    assert "| TRT_INT8 | TRT_BF16 (emulated) | TRT_FP8 (emulated) |" in block(text, "deploy")
+    assert "not shown for TRT_INT8, TRT_BF16 (emulated) and TRT_FP8 (emulated)." in block(text, "findings")
+    record["models"]["TRT_BF16"]["engine"] = record["conclusion"]["candidates"][2]["engine"] = "TensorRT, GPU"
+    data.write(folder, "verdicts", record)
+    assert "not shown for TRT_INT8, TRT_BF16 and TRT_FP8 (emulated)." in block(written(place), "findings")
 
 
 def test_a_service_with_another_rule_than_the_study_is_said(place):
