@@ -72,12 +72,20 @@ def first_texts(learnt):
 
 def lower(reference, samples, low_precision):
     """FP16 or BF16, but for what leaves its range on the samples, each a dict of the graph's inputs."""
-    with tempfile.TemporaryDirectory() as folder, quiet_modelopt() as autocast:
-        source, texts = Path(folder) / "model.onnx", Path(folder) / "calibration"  # ModelOpt reads files
-        onnx.save(reference, source)
-        texts.mkdir()
-        for number, sample in enumerate(samples):
-            np.savez(texts / f"{number}.npz", **sample)
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            source, texts = folder / "model.onnx", folder / "calibration"  # ModelOpt reads files
+            onnx.save(reference, source)
+            texts.mkdir()
+            for number, sample in enumerate(samples):
+                np.savez(texts / f"{number}.npz", **sample)
+        except OSError as error:
+            raise SystemExit(
+                "the folder of temporary files: expected room for a copy of the graph, "
+                f"found: {error.strerror}; free some, or set TMPDIR"
+            ) from None
+        autocast = stack.enter_context(quiet_modelopt())
         return autocast.convert_to_mixed_precision(
             str(source),
             low_precision_type=low_precision,
