@@ -86,12 +86,22 @@ def lower(reference, samples, low_precision):
                 f"found: {error.strerror}; free some, or set TMPDIR"
             ) from None
         autocast = stack.enter_context(quiet_modelopt())
-        return autocast.convert_to_mixed_precision(
+        graph = autocast.convert_to_mixed_precision(
             str(source),
             low_precision_type=low_precision,
             keep_io_types=True,  # what the graph returns stays float32
             calibration_data=str(texts),
         )
+    return without_shapes(graph)
+
+
+def without_shapes(graph):
+    """A graph without ModelOpt's notes of the shapes between its nodes: ONNX Runtime trusts them, and some are wrong.
+
+    Half of a head is noted with the shape of the whole, and all dimensions that are not known have one name.
+    """
+    del graph.graph.value_info[:]
+    return graph
 
 
 # --- INT8 ----------------------------------------------------------------------------
@@ -113,9 +123,7 @@ def insert_int8_fp16(reference, learnt):
     """BEST: the same Q/DQ, FP16 around them."""
     with quiet_modelopt() as autocast:
         graph = autocast.convert.convert_to_f16(insert_int8(reference, learnt), keep_io_types=True)
-    if learnt.products:
-        del graph.graph.value_info[:]  # all dimensions that it does not know have one name: equal to ONNX Runtime
-    return rebuild(graph, graph.graph.node, graph.graph.initializer)
+    return rebuild(without_shapes(graph), graph.graph.node, graph.graph.initializer)
 
 
 def insert_fp8_fp16(reference, learnt):
