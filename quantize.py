@@ -218,6 +218,8 @@ def parse_args():
     args = parser.parse_args()
     if args.quick:
         args.max_selection_texts = QUICK_TEXTS
+    if args.naive and "FP8" in args.only:
+        parser.error("--naive: expected no FP8 among --precisions, which is always searched for; leave out one of them")
     if args.attention and not set(args.only) & set(SEARCHED):
         parser.error(f"--attention: expected {' or '.join(SEARCHED)} among --precisions, found {' '.join(args.only)}")
     for name in ("target_cosine", "min_int8_share"):
@@ -257,19 +259,21 @@ def main():
     print(f"calibration: {facts['calibration_tokens']} tokens of {facts['calibration']} texts", file=sys.stderr)
     paths = {p: graph_path(args.repository, model_key(p)) for p in (*SERVED, *FURTHER) if p in args.only}
     fp8 = {p: paths.pop(p) for p in ("FP8",) if p in paths}
-    for precision in [p for p in paths if p not in SEARCHED]:
-        path = {precision: paths.pop(precision)}
-        write_graphs(path, reference_path, reference, Learnt(parts["calibration"]), properties)
-    if paths:
-        learnt, said, record = learn(args, card, reference, parts, facts)
-        write_graphs(paths, reference_path, reference, learnt, properties | said, record)
-    if fp8:
-        recipes, chosen, record = find_int8(args, card, reference, parts, facts, ("FP8",))
-        learnt = Learnt(recipes=recipes, chosen=chosen)
-        write_graphs(fp8, reference_path, reference, learnt, properties, record)
     further = any(p in args.only for p in FURTHER)
-    if further or not is_own(args.repository):  # its configs name the graphs that are there
-        write_repository(args.repository)
+    try:
+        for precision in [p for p in paths if p not in SEARCHED]:
+            path = {precision: paths.pop(precision)}
+            write_graphs(path, reference_path, reference, Learnt(parts["calibration"]), properties)
+        if paths:
+            learnt, said, record = learn(args, card, reference, parts, facts)
+            write_graphs(paths, reference_path, reference, learnt, properties | said, record)
+        if fp8:
+            recipes, chosen, record = find_int8(args, card, reference, parts, facts, ("FP8",))
+            learnt = Learnt(recipes=recipes, chosen=chosen)
+            write_graphs(fp8, reference_path, reference, learnt, properties, record)
+    finally:  # also where a search ends with a missed target: the graphs made before it are there
+        if further or not is_own(args.repository):  # the configs name the graphs that are there
+            write_repository(args.repository)
     if further:
         print(*describe_precisions(path := measure_precisions(args.repository, card, args.results)), path, sep="\n")
 

@@ -15,6 +15,7 @@ service's LABEL follows it. More classes: the largest logit is the verdict, or -
 is held against the rest, which the service's LABEL cannot follow.
 """
 
+import argparse
 from pathlib import Path
 
 from core.arguments import make_parser
@@ -53,7 +54,7 @@ def parse_args():
         "package", help="pack the repository of the conclusion's model as .tar.gz with a manifest"
     )
     pack.add_argument("--repository", type=Path, required=True)
-    pack.add_argument("--results", type=Path, default=RESULTS)
+    pack.add_argument("--results", type=Path, default=argparse.SUPPRESS)  # before the command or behind it
     pack.add_argument("--name", help="of the service (default: as in the repository)")
     pack.add_argument("--max-batch-size", type=int, help="texts in one request (default: as in the repository)")
     pack.add_argument("--output", type=Path, help="default: build/<name>-<precision>.tar.gz")
@@ -66,8 +67,8 @@ def parse_args():
         parser.error("--model, --repository: expected both, the original checkpoint and its graphs")
     if not (0 < args.precision <= 1 and 0 < args.agreement < 1):
         parser.error("--precision, --agreement: expected shares between 0 and 1")
-    if min(args.batch_size, args.resamples, args.max_texts or 1) < 1:
-        parser.error("--batch-size, --resamples, --max-texts: expected at least 1")
+    if min(args.batch_size, args.resamples, 1 if args.max_texts is None else args.max_texts) < 1 or args.seed < 0:
+        parser.error("--batch-size, --resamples, --max-texts: expected at least 1; --seed: 0 or more")
     return args
 
 

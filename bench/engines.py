@@ -22,7 +22,7 @@ from bench.rounds import rotate
 from bench.systems import ANSWERED, PROJECT, SERVE, System
 from core.arguments import make_parser
 from core.engines import has_bf16, why_missing
-from core.files import RESULTS, ROOT, TEXTS, read_texts, write_json
+from core.files import RESULTS, ROOT, TEXTS, evaluation_texts, write_json
 from core.files import spread as evenly
 from core.onnx_runtime import open_session
 from core.record import environment_record, gpu_record, results_folder
@@ -104,7 +104,7 @@ def rows_of(key, args, url):
     """([tokens], [output]) of each text, asked of a server's tokenizer and graph."""
     card = read_card(args.repository)
     task = TASKS[card["task"]]
-    asked = examples(card, evenly(read_texts(args.texts), DEVIATION_TEXTS))
+    asked = examples(card, evenly(evaluation_texts(args.texts), DEVIATION_TEXTS))
     feeds = [infer("tokenizer", text_tensor([each], task.takes), card["inputs"], url) for each in asked]
     return feeds, [real(task, infer_graph(key, card, tokens, task.output, url), tokens) for tokens in feeds]
 
@@ -147,7 +147,7 @@ def measure(args, card):
     task = TASKS[card["task"]]
     texts = [
         dict(zip(task.takes, e if isinstance(e, tuple) else (e,), strict=True))
-        for e in examples(card, read_texts(args.texts))
+        for e in examples(card, evaluation_texts(args.texts))
     ]
     every = [Candidate(args.repository, card, *pair) for pair in candidates(args.repository)]
     rounds = range(1, args.rounds + 1)
@@ -169,7 +169,7 @@ def measure(args, card):
 def parse_args():
     parser = make_parser(__doc__)
     parser.add_argument("--repository", type=Path, required=True)
-    parser.add_argument("--texts", type=Path, default=TEXTS, help="one a line (default: assets/texts.txt)")
+    parser.add_argument("--texts", type=Path, help="one a line (default: the half of assets/texts.txt that measures)")
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="one round of few requests")
     parser.add_argument("--agreement", type=share, default=0.99, help="of a classifier (default: %(default)s)")
@@ -190,7 +190,8 @@ def main():
         raise SystemExit(f"{args.repository}: expected a service of an encoder task, found {card['task']}")
     rows = measure(args, card)
     settings = {"rounds": args.rounds, "requests": {str(c): n for c, n in args.requests.items()}}
-    texts = {"file": args.texts.name, "compared": len(evenly(read_texts(args.texts), DEVIATION_TEXTS))}
+    compared = len(evenly(evaluation_texts(args.texts), DEVIATION_TEXTS))
+    texts = {"file": (args.texts or TEXTS).name, "compared": compared}
     path = results_folder(args.results, card) / "engines.json"
     record = {"model": card, "environment": environment_record(), "texts": texts, "settings": settings, "rows": rows}
     write_json(path, record)

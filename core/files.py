@@ -33,7 +33,7 @@ def replace_when_done(path):
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise SystemExit(f"{path}: expected room for it on the disk, found: {error.strerror}; free some") from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR):
             raise SystemExit(f"{path}: expected a place to write to, found: {error.strerror}; name another") from None
         raise
     finally:
@@ -91,6 +91,11 @@ def spread(texts, limit):
 def split_texts(texts):
     """(calibration texts, evaluation texts): every second line each, so both are varied."""
     return texts[0::2], texts[1::2]
+
+
+def evaluation_texts(file=None):
+    """The texts that measure: those of a file, by default the half of assets/texts.txt that neither calibrates nor selects."""
+    return read_texts(file) if file else split_texts(read_texts(TEXTS))[1]
 
 
 @contextlib.contextmanager

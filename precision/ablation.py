@@ -12,12 +12,12 @@ import sys
 from pathlib import Path
 
 from core.arguments import make_parser
-from core.files import REPOSITORY, RESULTS, TEXTS, read_texts, split_texts, spread, write_json
+from core.files import REPOSITORY, RESULTS, TEXTS, evaluation_texts, spread, write_json
 from core.record import environment_record, results_folder
 from core.repository import graph_path, read_card, read_graph, tokenizer_path, weight_matmuls
 from core.tables import REFERENCE
 from core.tokens import encode, load_tokenizer
-from precision.calibration import load_texts
+from precision.calibration import load_texts, read_calibration_texts, text_key
 from precision.int8_attention import product_share
 from precision.int8_graph import flops_share, outlier_counts
 from precision.int8_recipes import WAYS, candidate_matmuls, find_recipes, naive_recipes
@@ -39,11 +39,9 @@ PRODUCTS = "+ attention's products in INT8"  # the row after them: an option, wi
 
 def measuring_texts(args):
     """Texts that neither calibrate nor select."""
-    if not args.texts:
-        return spread(split_texts(read_texts(TEXTS))[1], args.max_texts)
-    used = read_texts(args.calibration_texts) if args.calibration_texts else split_texts(read_texts(TEXTS))[0]
-    texts = read_texts(args.texts, "--texts")
-    both = set(texts) & set(used)
+    texts = evaluation_texts(args.texts)
+    used, _ = read_calibration_texts(args.calibration_texts)  # none of them is one of the default
+    both = {text_key(text) for text in texts} & {text_key(text) for text in used}
     if both:
         raise SystemExit(
             f"{args.texts}: expected texts that do not calibrate, found {len(both)} that do; leave them out"
@@ -95,6 +93,8 @@ def parse_args():
     args = parser.parse_args()
     if args.max_texts is not None and args.max_texts < 1:
         parser.error("--max-texts: expected at least 1")
+    if args.seed < 0:
+        parser.error("--seed: expected 0 or more")
     return args
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import sys
 
-from core.files import TEXTS, read_texts, split_texts, spread
+from core.files import TEXTS, evaluation_texts, read_texts, split_texts, spread
 from core.tables import ATTENTION_MASK, INPUT_IDS
 from core.tokens import encode
 from tasks.examples import examples
@@ -13,16 +13,17 @@ MIN_CALIBRATION_TOKENS = 256  # fewer do not show the outliers
 SELECT_EVERY = 4
 
 
+def text_key(text):
+    """What two texts share that have the same tokens: spaces and case make no others."""
+    return " ".join(text.split()).casefold()
+
+
 def without_leaks(texts):
     """(texts once each and none that measures quality, {"duplicates", "quality_texts"} left out)."""
-
-    def key(text):  # spaces and case make no other tokens
-        return " ".join(text.split()).casefold()
-
-    quality = {key(text) for text in split_texts(read_texts(TEXTS))[1]}
+    quality = {text_key(text) for text in evaluation_texts()}
     once = {}
     for text in texts:
-        once.setdefault(key(text), text)
+        once.setdefault(text_key(text), text)
     kept = [text for name, text in once.items() if name not in quality]
     return kept, {"duplicates": len(texts) - len(once), "quality_texts": len(once) - len(kept)}
 

@@ -4,7 +4,7 @@ TF32, BF16 and FP8 are emulated: operands are rounded exactly as the format says
 order of its sums, and roundings that fusion spares.
 """
 
-from core.files import TEXTS, read_json, read_texts, split_texts, write_json
+from core.files import TEXTS, evaluation_texts, read_json, write_json
 from core.record import environment_record, results_folder
 from core.repository import graph_path, graph_properties, present, read_graph, tokenizer_path
 from core.tables import MODELS, PRECISIONS, REFERENCE
@@ -20,7 +20,7 @@ RECORD = "precisions.json"
 def measure_precisions(repository, card, results):
     """Path of precisions.json: for each graph that is there, and TF32, its mean deviations and whether its gate holds."""
     task, reference = TASKS[card["task"]], read_graph(graph_path(repository, REFERENCE))
-    texts = split_texts(read_texts(TEXTS))[1]
+    texts = evaluation_texts()
     encoded = encode(load_tokenizer(tokenizer_path(repository)), examples(card, texts), card["inputs"])
     expected, rows = run_graph(reference, encoded, task), {}
     graphs = {MODELS[key].precision: graph_path(repository, key) for key in present(repository) if key != REFERENCE}

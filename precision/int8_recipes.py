@@ -25,6 +25,7 @@ WAYS = ("second_order", "outliers")  # each can be left out, to show what it bri
 MAX_RANGE_TOKENS = 8192  # calibrated per tensor; bounds memory
 MAX_ERROR_TOKENS = 512  # on which smoothing and range are compared
 SMALLEST = 1e-5  # a channel that never differs from zero has no range
+TINY = np.finfo(np.float32).tiny  # a weight of zeros has no power
 MIN_CHANNELS = 16  # for each channel in floating point
 NEGLIGIBLE_SHARE = 1e-3  # of the FLOPs: INT8 there can save nothing, and the output layer is such a MatMul
 
@@ -77,15 +78,16 @@ def smoothing_factors(activations, weight, alpha):
 class Candidate:
     """One way to compute the MatMuls behind a tensor: offsets, alpha, clip, channels left in floating point."""
 
-    def __init__(self, activations, weight, use_offsets, alpha, form=INT8, power=None, outliers=0):
+    def __init__(self, activations, weight, biased, alpha, form=INT8, power=None, outliers=0):
         low, high = activations.min(axis=0), activations.max(axis=0)
-        self.use_offsets, self.alpha, self.clip, self.form = use_offsets, alpha, 1.0, form
-        self.offsets = (low + high) / 2 * np.float32(use_offsets)
+        self.biased, self.alpha, self.clip, self.form = biased, alpha, 1.0, form
+        self.use_offsets = biased and form is INT8  # FP8's steps grow with the values: offsets bring nothing
+        self.offsets = (low + high) / 2 * np.float32(self.use_offsets)
         self.factors = smoothing_factors(activations - self.offsets, weight, alpha)
         self.weight, values = weight * self.factors[:, None], self.smooth(activations)
         self.floating = np.zeros(len(weight), dtype=bool)
         if outliers:
-            self.floating = outlier_channels(values, self.weight, power, outliers)
+            self.floating = outlier_channels(values, self.weight, power, outliers, biased)
         self.largest = float(np.abs(values[:, ~self.floating]).max())
         # per output channel
         self.weight_scale = np.maximum(np.abs(self.weight[~self.floating]).max(axis=0), SMALLEST) / form.largest
@@ -104,9 +106,10 @@ class Candidate:
         return np.where(self.floating, smooth, round_values(smooth, self.scale(), self.form))
 
     def error(self, activations, expected, power):
-        """Squared error of the outputs after bias correction, each over its MatMul's own power."""
+        """Squared error of the outputs, after bias correction where there are biases, each over its MatMul's own power."""
         difference = self.values(activations) @ self.rounded - expected
-        difference -= difference.mean(axis=0)
+        if self.biased:
+            difference -= difference.mean(axis=0)
         return float((np.square(difference) @ power).sum())
 
 
@@ -114,20 +117,20 @@ def find_recipe(activations, held_out, weights, biased, form=INT8, ways=WAYS):
     """The candidate with the least error on tokens that set no range.
 
     activations, held_out: float32 [tokens, in]; weights: {node name: [in, out]}; biased: whether every one of them has
-    a bias, without which offsets are not exact.
+    a bias, without which offsets are not exact and nothing takes the mean error.
     """
     weight = np.concatenate(list(weights.values()), axis=1)
     outputs = [held_out @ w for w in weights.values()]
     expected = np.concatenate(outputs, axis=1)
-    power = np.concatenate([np.full(o.shape[1], 1 / np.square(o).sum()) for o in outputs])
-    # FP8's steps grow with the values: outliers harm no others, and offsets bring nothing
+    power = np.concatenate([np.full(o.shape[1], 1 / max(np.square(o).sum(), TINY)) for o in outputs])
+    # in FP8 outliers harm no others
     outliers = form is INT8 and "outliers" in ways and len(weight) > MIN_CHANNELS * OUTLIERS
     counts = [0, OUTLIERS] if outliers else [0]
 
     def best_with(outliers):
         best, chosen, least = None, 1.0, np.inf
         for alpha in ALPHAS:
-            candidate = Candidate(activations, weight, biased and form is INT8, alpha, form, power, outliers)
+            candidate = Candidate(activations, weight, biased, alpha, form, power, outliers)
             for candidate.clip in CLIPS:
                 error = candidate.error(held_out, expected, power)
                 if error < least:
@@ -135,7 +138,7 @@ def find_recipe(activations, held_out, weights, biased, form=INT8, ways=WAYS):
         best.clip = chosen
         if "second_order" in ways:
             values = best.values(activations)
-            best.rounded = round_second_order(best.weight, best.weight_scale, values, best.floating, form)
+            best.rounded = round_second_order(best.weight, best.weight_scale, values, best.floating, form, biased)
         return best, best.error(held_out, expected, power)
 
     (best, error), *others = map(best_with, counts)

@@ -22,14 +22,20 @@ def round_values(values, scale, form=INT8):
     return (np.rint(values) if form is INT8 else values.astype(form.dtype).astype(np.float32)) * scale
 
 
-def round_second_order(weight, scale, values, floating, form=INT8):
+def channel_power(values, biased):
+    """What the rounding of a channel's weights counts in the outputs; a bias takes their mean."""
+    return values.var(axis=0) if biased else np.square(values).mean(axis=0)
+
+
+def round_second_order(weight, scale, values, floating, form=INT8, biased=True):
     """(weight with its rows rounded to numbers of the form times `scale`, those of `floating` changed but not rounded).
 
-    weight: float32 [in, out], scale: [out]; values: what the MatMul reads, [tokens, in]; floating: bool [in]. Of the
-    mean of the outputs nothing is made up for: the bias takes it.
+    weight: float32 [in, out], scale: [out]; values: what the MatMul reads, [tokens, in]; floating: bool [in]. biased:
+    whether a bias takes the mean of the outputs' errors, so that nothing has to make up for it.
     """
-    order = np.lexsort((-values.var(axis=0), floating))  # the largest first; those that stay floating take the rest
-    values = (values - values.mean(axis=0))[:, order]
+    # the largest first; those that stay floating take the rest
+    order = np.lexsort((-channel_power(values, biased), floating))
+    values = (values - values.mean(axis=0) if biased else values)[:, order]
     hessian = (values.T @ values).astype(np.float64)
     hessian[np.diag_indices_from(hessian)] += DAMPING * np.diag(hessian).mean() + np.finfo(np.float32).tiny
     factor = np.linalg.cholesky(np.linalg.inv(hessian)).T.astype(np.float32)
@@ -48,13 +54,13 @@ def round_second_order(weight, scale, values, floating, form=INT8):
     return rounded
 
 
-def outlier_channels(values, weight, power, count):
+def outlier_channels(values, weight, power, count, biased=True):
     """bool [in]: the channels without which INT8 rounds the rest best, by the noise that uniform rounding predicts.
 
     values: [tokens, in]; weight: [in, out]; power: what an output's squared error counts, [out]. A channel is bad by
     its own step, by the step that it forces on all channels, and by those that its weights force on their outputs.
     """
-    largest, spread = np.square(np.abs(values).max(axis=0)), values.var(axis=0)
+    largest, spread = np.square(np.abs(values).max(axis=0)), channel_power(values, biased)
     gain, magnitude = np.square(weight) @ power, np.abs(weight)
     rows = np.argpartition(-magnitude, count + 1, axis=0)[: count + 2]  # of each output those that may come to be first
     floating = np.zeros(len(weight), dtype=bool)

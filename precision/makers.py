@@ -72,18 +72,36 @@ def first_texts(learnt):
 
 def lower(reference, samples, low_precision):
     """FP16 or BF16, but for what leaves its range on the samples, each a dict of the graph's inputs."""
-    with tempfile.TemporaryDirectory() as folder, quiet_modelopt() as autocast:
-        source, texts = Path(folder) / "model.onnx", Path(folder) / "calibration"  # ModelOpt reads files
-        onnx.save(reference, source)
-        texts.mkdir()
-        for number, sample in enumerate(samples):
-            np.savez(texts / f"{number}.npz", **sample)
-        return autocast.convert_to_mixed_precision(
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            source, texts = folder / "model.onnx", folder / "calibration"  # ModelOpt reads files
+            onnx.save(reference, source)
+            texts.mkdir()
+            for number, sample in enumerate(samples):
+                np.savez(texts / f"{number}.npz", **sample)
+        except OSError as error:
+            raise SystemExit(
+                "the folder of temporary files: expected room for a copy of the graph, "
+                f"found: {error.strerror}; free some, or set TMPDIR"
+            ) from None
+        autocast = stack.enter_context(quiet_modelopt())
+        graph = autocast.convert_to_mixed_precision(
             str(source),
             low_precision_type=low_precision,
             keep_io_types=True,  # what the graph returns stays float32
             calibration_data=str(texts),
         )
+    return without_shapes(graph)
+
+
+def without_shapes(graph):
+    """A graph without ModelOpt's notes of the shapes between its nodes: ONNX Runtime trusts them, and some are wrong.
+
+    Half of a head is noted with the shape of the whole, and all dimensions that are not known have one name.
+    """
+    del graph.graph.value_info[:]
+    return graph
 
 
 # --- INT8 ----------------------------------------------------------------------------
@@ -105,9 +123,7 @@ def insert_int8_fp16(reference, learnt):
     """BEST: the same Q/DQ, FP16 around them."""
     with quiet_modelopt() as autocast:
         graph = autocast.convert.convert_to_f16(insert_int8(reference, learnt), keep_io_types=True)
-    if learnt.products:
-        del graph.graph.value_info[:]  # all dimensions that it does not know have one name: equal to ONNX Runtime
-    return rebuild(graph, graph.graph.node, graph.graph.initializer)
+    return rebuild(without_shapes(graph), graph.graph.node, graph.graph.initializer)
 
 
 def insert_fp8_fp16(reference, learnt):

@@ -1,4 +1,4 @@
-"""Every architecture of encoders with a head of every task: exported, made into all precisions, compiled for a GPU.
+"""Every architecture of encoders with a head of every task: exported, made into all precisions, executed, compiled.
 
 By default each architecture meets one task and each task two architectures or more; ALL_PAIRS=1 ./test.sh tries all.
 """
@@ -6,6 +6,7 @@ By default each architecture meets one task and each task two architectures or m
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -15,6 +16,11 @@ import compile_check
 import quantize
 import torch2onnx
 from core import checkpoint
+from core.repository import graph_path, present, read_card, read_graph, tokenizer_path
+from core.tables import MAX_BATCH_SIZE
+from core.tokens import encode, load_tokenizer
+from precision.int8_search import run_graph
+from tasks.examples import examples
 from tasks.table import OWN, TASKS
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -74,6 +80,11 @@ def test_an_architecture_goes_the_whole_way(tmp_path, name, task):
     for script, *options in steps:
         done = run_here(script, *options, *places)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    card = read_card(service)
+    tokenizer, texts = load_tokenizer(tokenizer_path(service)), ["A short text.", "One more"] * MAX_BATCH_SIZE
+    encoded = encode(tokenizer, examples(card, texts), card["inputs"])
+    for key in present(service):
+        assert np.isfinite(run_graph(read_graph(graph_path(service, key)), encoded, TASKS[task])).all()
     (record,) = results.glob("*/*/compile.json")
     rows = json.loads(record.read_text())["rows"]
     assert len(rows) == 5 and not any(row["error"] for row in rows)

@@ -2,12 +2,14 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import onnx
 import pytest
 from conftest import copy_repository, run, run_here
 
 import client
 import quantize
+from bench import engines
 from core import files
 from core.repository import read_card, tokenizer_path
 from core.tables import ATTENTION_MASK, INPUT_IDS
@@ -92,3 +94,15 @@ def test_no_text_that_measures_quality_calibrates_or_selects():
     measured = set(client.read_evaluation_texts(args))
     chosen, _ = calibration.read_calibration_texts(None)
     assert len(measured) == len(chosen) == 128 and not measured & set(chosen)
+
+
+def test_no_text_that_calibrates_measures_an_engine(tiny, monkeypatch):
+    asked = []
+
+    def infer(_, tensors, *__):
+        asked.extend(text.decode() for text in tensors["TEXT"].ravel())
+
+    monkeypatch.setattr(engines, "infer", infer)
+    monkeypatch.setattr(engines, "infer_graph", lambda *_: np.zeros((1, 2)))
+    engines.rows_of("ONNX", SimpleNamespace(repository=tiny.repository, texts=None), "url")
+    assert len(asked) == engines.DEVIATION_TEXTS and set(asked) <= set(files.evaluation_texts())

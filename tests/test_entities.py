@@ -3,9 +3,10 @@
 from collections import Counter
 
 import pytest
-from conftest import run_here
+from conftest import link_copy, run_here
 
 from core import files
+from core.repository import graph_path
 from verdict import entities
 
 FOUND = Counter({(0, "PER", 0, 5): 1, (0, "LOC", 9, 14): 1, (1, "PER", 0, 3): 1})
@@ -30,3 +31,7 @@ def test_the_record_holds_each_graph_that_is_there(repositories, tmp_path):
     assert record["plans"]["ONNX"]["f1"] == 1 and record["plans"]["ONNX"]["holds"] and record["texts"]["count"] == 2
     done = run_here(entities, "--repository", repositories["question-answering"], *options)
     assert done.returncode == 1 and "expected a service of token-classification" in done.stderr
+    repository = link_copy(repositories["token-classification"], tmp_path / "service")
+    graph_path(repository, "ONNX").unlink()
+    done = run_here(entities, "--repository", repository, *options)
+    assert done.returncode == 1 and f"{graph_path(repository, 'ONNX')}: expected the graph that" in done.stderr

@@ -14,6 +14,7 @@ from core.tables import FURTHER, MODELS, PRECISIONS
 from precision import int8_check, int8_rounding
 from roofline.gpus import having
 from serving import ask, build, one_pass, server
+from verdict.logits import open_here
 
 SCALE = np.float32(0.02)
 
@@ -127,6 +128,12 @@ def test_further_graphs_have_configs_and_the_five_stay_five(further, exported, t
     assert (
         not list(folder.glob("model_TRT_FP8")) and "FP8" not in succeed("serving.check", "--repository", folder).stdout
     )
+
+
+def test_a_study_in_process_says_what_is_emulated(further):
+    keys = ["ONNX", "TRT_BF16", "TRT_INT8", "TRT_FP8"]
+    found = open_here(further[0], repository.read_card(further[0]), keys).engines
+    assert [found[key].removeprefix("ONNX Runtime, CPU, in process") for key in keys] == ["", ", emulated"] * 2
 
 
 def test_a_graph_that_no_cpu_executes_is_not_packed_without_its_plan(further, tmp_path):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import link_copy, post, run, start_server, succeed
+from conftest import link_copy, post, run, run_here, start_server, succeed
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -218,6 +218,53 @@ def test_the_choice_is_written_and_served(tiny, tmp_path):
     assert chosen["cpu_precision"] == "FP32" and list(tmp_path.glob("results/*/*/choice.json"))
     done = succeed("serving.one_pass", "--repository", repository, "--output", tmp_path / "view")
     assert "FP32, packed" in done.stderr
+
+
+def test_texts_that_did_not_calibrate_choose_and_one_is_enough(tiny, tmp_path, monkeypatch):
+    from verdict import choose
+
+    seen, measure = [], choose.measure
+
+    def measure_one(runners, encodings):
+        seen.append(len(encodings))
+        return measure(runners, encodings[:1])
+
+    monkeypatch.setattr(choose, "measure", measure_one)
+    repository = link_copy(tiny.repository, tmp_path / "tiny")
+    done = run_here(choose, "--repository", repository, "--results", tmp_path / "results")
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("results/*/*/choice.json")
+    rows = files.read_json(path, "")["rows"]
+    assert seen == [128] and all(row["alone_texts_per_s"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("broken", ["FP16", "FP32"])
+def test_what_answers_with_nan_is_no_candidate(tiny, tmp_path, monkeypatch, broken):
+    from verdict import choose
+
+    def open_runner(repository, card, engine, precision, padding):
+        return lambda encodings: [np.array([np.nan if precision == broken else 1.0, 0.5])] * len(encodings)
+
+    monkeypatch.setattr(choose, "open_runner", open_runner)
+    monkeypatch.setattr(choose, "candidates", lambda _: [("onnxruntime", "FP32"), ("onnxruntime", "FP16")])
+    repository = link_copy(tiny.repository, tmp_path / "tiny")
+    done = run_here(choose, "--repository", repository, "--results", tmp_path / "results")
+    if broken == "FP32":
+        assert done.returncode == 1 and "expected finite answers of FP32" in done.stderr, done.stderr
+        assert "run torch2onnx.py" in done.stderr and not (tmp_path / "results").exists()
+    else:
+        assert done.returncode == 0 and "onnxruntime, FP16: left out: NaN" in done.stderr, done.stderr
+        assert read_card(repository)["service"]["cpu_precision"] == "FP32"
+
+
+def test_a_service_that_one_pass_never_serves_has_no_choice(tiny, tmp_path):
+    from verdict import choose
+
+    repository = link_copy(tiny.repository, tmp_path / "tiny")
+    card = read_card(repository)
+    files.write_json(repository / "model.json", card | {"outputs": card["outputs"] | {"HIDDEN_STATE": [-1, 32]}})
+    done = run_here(choose, "--repository", repository, "--results", tmp_path / "results")
+    assert done.returncode == 1 and "classification with LOGITS, HIDDEN_STATE" in done.stderr, done.stderr
 
 
 def test_an_engine_that_is_not_installed_is_named_with_its_command(tiny, tmp_path):

@@ -7,12 +7,13 @@ from types import SimpleNamespace
 
 import onnx
 import pytest
-from conftest import copy_repository, run, run_here, succeed
+from conftest import copy_repository, link_copy, run, run_here, succeed
 from onnx import TensorProto
 
 import quantize
 from core import files, repository, tables
 from precision import int8_check, int8_graph, makers
+from serving import check
 
 GRAPHS = {p: f"model_TRT_{p}/1/model.onnx" for p in tables.SERVED}
 
@@ -119,6 +120,16 @@ def test_a_target_that_is_missed_says_what_was_reached_and_leaves_the_graph(expo
     assert not any(row["int8"] for row in record["matmuls"])
 
 
+def test_a_service_has_configs_of_the_graphs_that_were_made_before_a_target_was_missed(tiny, tmp_path):
+    repository_ = link_copy(tiny.repository, tmp_path / "tiny")
+    places = ("--repository", repository_, "--results", tmp_path)
+    done = run_here(quantize, "--target-l2", "1e-6", "--max-minutes", 0, *places)
+    assert done.returncode == 1 and "raise --target-l2" in done.stderr, done.stderr
+    assert repository.present(repository_) == ["ONNX", "TRT_FP32", "TRT_FP16"]
+    done = run_here(check, "--repository", repository_)
+    assert done.returncode == 0, done.stderr
+
+
 def test_an_interruption_between_two_graphs_leaves_both_old_ones(exported, tmp_path, monkeypatch):
     reference = onnx.load(exported.repository / "model_ONNX/1/model.onnx")
     paths = {name: tmp_path / name / "model.onnx" for name in ("INT8", "BEST")}
@@ -144,16 +155,28 @@ def test_a_bound_on_the_error_that_is_none_is_bad_usage(value):
     assert done.returncode == 2 and "--target-l2: expected above 0" in done.stderr
 
 
-def test_a_disk_without_room_leaves_the_graph_that_was_there(exported, tmp_path):
+def test_fp8_has_no_naive_recipe():
+    done = run_here(quantize, "--naive", "--precisions", "INT8", "FP8")
+    assert done.returncode == 2 and "--naive: expected no FP8 among --precisions" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("precision", "options", "words"),
+    [
+        ("FP16", (), "expected room for a copy of the graph, found: File too large; free some, or set TMPDIR"),
+        ("INT8", ("--naive",), "model_TRT_INT8/1/model.onnx: expected room for it on the disk, found: File too large"),
+    ],
+)
+def test_a_disk_without_room_leaves_the_graph_that_was_there(exported, tmp_path, precision, options, words):
     folder = copy_repository(exported, tmp_path)
-    path = folder / GRAPHS["FP16"]
+    path = folder / GRAPHS[precision]
     before = files.sha256(path)
 
     def ten_megabytes():  # a limit on the size of a file fails a write as a full disk does
         resource.setrlimit(resource.RLIMIT_FSIZE, (10**7, 10**7))
 
-    done = run("quantize.py", "--only", "FP16", "--repository", folder, preexec_fn=ten_megabytes)
-    assert done.returncode != 0
+    done = run("quantize.py", "--only", precision, *options, "--repository", folder, preexec_fn=ten_megabytes)
+    assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert files.sha256(path) == before and not list(folder.rglob("*.tmp"))
 
 
@@ -167,6 +190,13 @@ def test_json_on_a_disk_without_room_is_one_clear_line(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="record.json: expected room"):
         files.write_json(tmp_path / "record.json", {"a": 1})
     assert (tmp_path / "record.json").read_bytes() == b"{}"
+
+
+def test_a_folder_where_a_file_is_to_be_is_one_clear_line(tmp_path):
+    (tmp_path / "build").mkdir()
+    with pytest.raises(SystemExit, match="build: expected a place to write to, found: Is a directory; name another"):
+        files.write_json(tmp_path / "build", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["build"]
 
 
 def test_quick_measures_no_sensitivity_where_all_in_int8_meet_the_target(exported, tmp_path):

@@ -84,6 +84,18 @@ def test_bad_data_gets_one_clear_line(reviews, tmp_path, content, words):
     assert done.returncode == 1 and all(word in done.stderr for word in words), done.stderr
 
 
+def test_numbers_that_leave_no_text_or_no_seed_are_bad_usage(tmp_path):
+    for option, value in (("--max-texts", 0), ("--batch-size", 0), ("--seed", -1)):
+        done = run_here(verdicts, "--model", "any", "--repository", tmp_path, option, value)
+        assert done.returncode == 2 and "--max-texts: expected at least 1; --seed: 0 or more" in done.stderr
+
+
+def test_the_place_of_the_results_may_be_named_before_the_command(tiny, tmp_path):
+    for options in (("--results", tmp_path, "package"), ("package", "--results", tmp_path)):
+        done = run_here(verdicts, *options, "--repository", tiny.repository)
+        assert done.returncode == 1 and f"{tmp_path}/" in done.stderr and "verdicts.json" in done.stderr, done.stderr
+
+
 def test_another_checkpoint_than_the_exported_one_is_named(reviews, tiny, tmp_path):
     options = ("--repository", reviews.repository, "--results", tmp_path, "--max-texts", 20)
     done = run_here(verdicts, "--model", tiny.checkpoint, *options)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure which engine and precision serve a service fastest on this CPU without changing its answers; write the choice.
 
-Reads:  --repository: a service of an encoder task, with the graphs that quantize.py made; --texts, one a line.
+Reads:  --repository: a service of an encoder task in one pass, with the graphs of quantize.py; --texts, one a line.
 Writes: engine and precision into its record, for serve.sh; results/<model>/<machine>/choice.json.
 Run:    python -m verdict.choose --repository build/reviews
 Prints: a line for each candidate: texts/s alone and eight together, what its answers are worth, whether it holds.
@@ -22,17 +22,18 @@ from tqdm import tqdm
 
 from core.arguments import make_parser
 from core.engines import ENGINES, has_bf16, why_missing
-from core.files import RESULTS, TEXTS, read_texts, write_json
+from core.files import RESULTS, TEXTS, evaluation_texts, write_json
 from core.metrics import deviations
 from core.record import environment_record, results_folder
-from core.repository import present, read_card, tokenizer_path
+from core.repository import EXPORT, present, read_card, tokenizer_path
 from core.runner import Runner
 from core.tables import EMBEDDERS, MODELS, PRECISIONS, REFERENCE
 from core.tokens import load_tokenizer
-from serving.one_pass import graph_settings, opener, why_not
+from precision.int8_search import meets
+from serving.one_pass import graph_settings, has_one_pass, opener, why_not
 from serving.repository import write_repository
 from tasks.examples import examples
-from tasks.table import OWN, TASKS
+from tasks.table import TASKS
 from verdict.statistics import exact_interval
 
 ROUNDS, TOGETHER = 5, 8
@@ -65,7 +66,7 @@ def measure(runners, encodings):
     for number in tqdm(range(ROUNDS + 1), desc="choose", unit="round", mininterval=1, file=sys.stderr):
         for candidate, run in runners.items():
             for name, size in (("alone", 1), ("together", TOGETHER)):
-                texts = encodings[: len(encodings) // (4 if size == 1 else 1)]
+                texts = encodings[: max(1, len(encodings) // (4 if size == 1 else 1))]
                 started = time.perf_counter()
                 for start in range(0, len(texts), size):
                     run(texts[start : start + size])
@@ -75,7 +76,10 @@ def measure(runners, encodings):
 
 
 def quality(task, reference, found):
-    """{"relative_l2_error", "mean_cosine"} and, of a classifier, "agreement" {"value", "low", "high"}."""
+    """{"relative_l2_error", "mean_cosine"} and, of a classifier, "agreement" {"value", "low", "high"}.
+
+    Raises ValueError where a value is NaN or infinite.
+    """
     expected, values = (np.concatenate([np.atleast_2d(row) for row in rows]) for rows in (reference, found))
     row = deviations(expected[None], values[None], np.ones((1, len(expected))))
     kept = {key: row[key] for key in ("relative_l2_error", "mean_cosine")}
@@ -89,8 +93,7 @@ def holds(task, precision, row, agreement):
     """Whether a candidate's answers are good enough to serve."""
     if "agreement" in row:
         return row["agreement"]["low"] >= agreement or row["agreement"]["value"] == 1.0
-    gate = task.gate or PRECISIONS[precision].gate
-    return row["relative_l2_error"] <= gate["relative_l2_error"] and row["mean_cosine"] >= gate["mean_cosine"]
+    return meets(row, task.gate or PRECISIONS[precision].gate)
 
 
 def choose(rows):
@@ -102,17 +105,26 @@ def choose(rows):
 
 
 def compare(args, card):
-    """A row per candidate."""
+    """A row per candidate; one that answers with NaN or infinity has none."""
     task, tokenizer = TASKS[card["task"]], load_tokenizer(tokenizer_path(args.repository))
     padding = tokenizer.padding
     tokenizer.no_padding()
-    encodings = tokenizer.encode_batch(examples(card, read_texts(args.texts)))
+    encodings = tokenizer.encode_batch(examples(card, evaluation_texts(args.texts)))
     pairs = candidates(args.repository)
     runners = {pair: open_runner(args.repository, card, *pair, padding) for pair in pairs}
     speeds = measure(runners, encodings)
     reference, rows = runners[pairs[0]](encodings), []
     for (engine, precision), run in runners.items():
-        row = {"engine": engine, "precision": precision} | quality(task, reference, run(encodings))
+        row = {"engine": engine, "precision": precision}
+        try:
+            row |= quality(task, reference, run(encodings))
+        except ValueError as error:
+            if not rows:
+                raise SystemExit(
+                    f"{args.repository}: expected finite answers of FP32, found {error}; {EXPORT}"
+                ) from None
+            print(f"{engine}, {precision}: left out: {error}", file=sys.stderr)
+            continue
         row |= {f"{name}_texts_per_s": value for name, value in speeds[engine, precision].items()}
         row["holds"] = bool(precision == "FP32" or holds(task, precision, row, args.agreement))
         rows.append(row)
@@ -134,7 +146,7 @@ def share(text):
 def parse_args():
     parser = make_parser(__doc__)
     parser.add_argument("--repository", type=Path, required=True)
-    parser.add_argument("--texts", type=Path, default=TEXTS, help="one a line (default: assets/texts.txt)")
+    parser.add_argument("--texts", type=Path, help="one a line (default: the half of assets/texts.txt that measures)")
     parser.add_argument("--agreement", type=share, default=0.99, help="of a classifier (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS)
     return parser.parse_args()
@@ -143,13 +155,14 @@ def parse_args():
 def main():
     args = parse_args()
     card = read_card(args.repository)
-    if card["task"] == OWN or card["task"] not in TASKS:
+    if card["task"] not in TASKS or not has_one_pass(card, None):
         raise SystemExit(
-            f"{args.repository}: expected a service of an encoder task, found {card['task']}; name another"
+            f"{args.repository}: expected a service of an encoder task that is served in one pass (serving/one_pass.py), "
+            f"found {card['task']} with {', '.join(card['outputs'])}, which reads no choice; name another"
         )
     rows = compare(args, card)
     chosen = choose(rows)
-    record = {"model": card, "environment": environment_record(), "texts": args.texts.name}
+    record = {"model": card, "environment": environment_record(), "texts": (args.texts or TEXTS).name}
     record |= {
         "agreement": args.agreement,
         "rows": rows,

@@ -20,7 +20,7 @@ from core.arguments import make_parser
 from core.files import RESULTS, read_texts, sha256, write_json
 from core.onnx_runtime import open_session
 from core.record import environment_record, results_folder
-from core.repository import graph_path, present, read_card, tokenizer_path
+from core.repository import EXPORT, graph_path, present, read_card, tokenizer_path
 from core.tables import LOGITS, REFERENCE, SPANS, TEXT, WORDS
 from core.tokens import encode, load_tokenizer
 from serving.models.answers import token_classification
@@ -63,15 +63,18 @@ def main():
     card = read_card(args.repository)
     if card["task"] != TASK:
         raise SystemExit(f"{args.repository}: expected a service of {TASK}, found {card['task']}; name another")
+    keys, reference = present(args.repository), graph_path(args.repository, REFERENCE)
+    if REFERENCE not in keys:
+        raise SystemExit(f"{reference}: expected the graph that the others are compared with, found none; {EXPORT}")
     texts, tokenizer = read_texts(args.texts, "--texts"), load_tokenizer(tokenizer_path(args.repository))
     parts = [texts[i : i + BATCH] for i in range(0, len(texts), BATCH)]
     batches = [(part, encode(tokenizer, part, (*card["inputs"], SPANS, WORDS))) for part in parts]
-    settings, expected, plans = token_classification.settings_of(card, tokenizer), None, {}
-    for key in present(args.repository):
-        found = find_entities(graph_path(args.repository, key), batches, settings)
-        expected = found if key == REFERENCE else expected
-        if not expected:
-            raise SystemExit(f"{args.texts}: expected texts with entities, found none; give other texts")
+    settings, plans = token_classification.settings_of(card, tokenizer), {}
+    expected = find_entities(reference, batches, settings)
+    if not expected:
+        raise SystemExit(f"{args.texts}: expected texts with entities, found none; give other texts")
+    for key in keys:
+        found = expected if key == REFERENCE else find_entities(graph_path(args.repository, key), batches, settings)
         row = plans[key] = agreement(expected, found)
         row["holds"] = row["f1"] >= args.f1
         print(

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from core.files import sha256, spread
 from core.onnx_runtime import open_session
 from core.repository import engine_of, graph_path, present, script_path, tokenizer_path
-from core.tables import ENGINES, LOGITS, NAMES, REFERENCE, TORCH
+from core.tables import ENGINES, LOGITS, MODELS, NAMES, PRECISIONS, REFERENCE, TORCH
 from core.tokens import encode, load_tokenizer
 from serving.server import SERVER_ERRORS, infer, infer_graph, read_config, read_server, text_tensor
 from tasks import heads
@@ -91,7 +91,7 @@ def open_here(repository, card, keys):
     return Source(
         lambda texts: encode(tokenizer, texts, card["inputs"]),
         lambda key, feeds: sessions[key].run([LOGITS], feeds)[0],
-        dict.fromkeys(keys, f"{OWN_ENGINE}, in process"),
+        {k: f"{OWN_ENGINE}, in process" + ", emulated" * (not PRECISIONS[MODELS[k].precision].on_cpu) for k in keys},
         None,
         None,
     )
