@@ -124,7 +124,7 @@ GRAPH = "_graph"  # behind a service's name: the model by which it calls its gra
 MAX_LENGTH = 128  # tokens per text of the task's own embedders
 MAX_BATCH_SIZE = 8  # the largest batch of the plans: --maxShapes of build_trt.sh
 ONE_PASS_BATCH_SIZE = (
-    32  # of one pass on a CPU where texts are padded: the more there are, the more alike are those of a batch
+    16  # texts that a pass on a CPU joins: fewer leave cores idle between passes, more keep others waiting
 )
 OPT_BATCH_SIZE = 4  # the batch that a plan's tactics are chosen for
 OPT_LENGTH = 128  # and the length, where it is dynamic

@@ -119,9 +119,7 @@ def write_one_pass(repository, output, precision, engine):
     settings, by = choose_graph(repository, card, precision, engine)
     by += f", {settings['cores']} cores"
     settings["max_request_texts"] = service["max_batch_size"]
-    joined = service["max_batch_size"]
-    if settings["position_offset"] is None:
-        joined = max(joined, ONE_PASS_BATCH_SIZE)
+    joined = max(service["max_batch_size"], ONE_PASS_BATCH_SIZE)
     config = service_config(service["name"], card, joined, by)
     with replace_folder_when_done(output) as temporary:
         folder = temporary / service["name"]
