@@ -8,10 +8,12 @@ Prints: for each service and concurrency: served, bare, their ratio, the mean ba
 
 Bare is the same engine and precision in this process, without a server: after each window it gets the window's texts,
 tokenised, in batches of the size that the service formed. A position is a token that is computed, padding too. Overload
-is a closed loop of four times the largest concurrency. The services FP32 and --service take turns, round by round.
+is a closed loop of four times the largest concurrency. Alone, requests are also sent that the service refuses at once:
+no answer can come sooner. The services FP32 and --service take turns, round by round.
 """
 
 import contextlib
+import dataclasses
 import functools
 import os
 import statistics
@@ -21,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from bench import rounds
+from bench import client, processes, rounds
 from bench.arithmetic import spread
 from bench.install import BUILD
 from bench.length import count_flops
@@ -139,10 +141,22 @@ def measure_service(bench, system, server, bare, number):
     ):
         rounds.measure_window(bench, system, server, number, concurrency, count)
         row = bench.windows[-1] if number else {}
+        if concurrency == 1 and number:
+            row["refused_ms"] = refused_ms(bench, system, server, count)
         if concurrency != args.overload:
             executions, texts = row.get("batches") or (1, 1)
             speed, positions, tokens = bare.window(number * count, count, max(1, round(texts / executions)))
             row |= {"bare_texts_per_s": speed, "positions": positions, "tokens": tokens}
+
+
+def refused_ms(bench, system, server, count):
+    """Median time of a request that the model's own code refuses at once: what it costs to carry one there and back."""
+    asked = dataclasses.replace(system, ask="refused")
+    requests = client.make_requests(asked, bench.service, ["a text that nobody reads"])
+    window = client.run_window(asked, server.ports, bench.service, requests, 1, 0, count)
+    if any(status != 400 for _, _, status, _ in window.answers):
+        raise processes.NotMeasured("expected a refusal of each request with an unknown parameter, found an answer")
+    return 1000 * statistics.median(seconds for _, seconds, _, _ in window.answers)
 
 
 def summarise(bench, system):
@@ -159,6 +173,8 @@ def summarise(bench, system):
             "mean_batch_size": texts / executions if executions else None,
             "positions_per_token": sum(w["positions"] for w in rows) / sum(w["tokens"] for w in rows),
         }
+        if refused := [w["refused_ms"] for w in rows if "refused_ms" in w]:
+            levels[str(concurrency)]["refused_ms"] = spread(refused)
     best = {w["round"]: max(v["texts_per_s"] for v in own if v["round"] == w["round"] and v not in over) for w in over}
     failed = sum(w["answers"]["failed"] for w in over)
     overload = {"texts_per_s": spread(w["texts_per_s"] for w in over), "failed": failed}
@@ -198,6 +214,7 @@ def describe(record):
                 f"{name:18} concurrency {concurrency:>2} {row['texts_per_s']['median']:8.1f} served {row['bare_texts_per_s']['median']:8.1f} bare  "
                 f"ratio {row['served_to_bare']['median']:.2f}  mean batch {row['mean_batch_size'] or 0:.2f}  "
                 f"positions ÷ tokens {row['positions_per_token']:.2f}"
+                + (f"  refused in {row['refused_ms']['median']:.2f} ms" if "refused_ms" in row else "")
             )
         yield f"{name:18} overload ÷ best level {service['overload']['to_best_level']['median']:.2f}"
 

@@ -56,11 +56,17 @@ def any_body(given):
     return {"inputs": inputs}
 
 
+def refused_body(text):
+    """What a service refuses before it reads the text: a parameter that it does not have."""
+    return triton_body(text) | {"parameters": {"no_such_parameter": 1}}
+
+
 ANSWERED = ("answered", 0.0)  # of a service whose answers are not read
 
 ASKS = {
     "any": Ask("/v2/models/{service}/infer", any_body, lambda answer: ANSWERED),
     "triton": Ask("/v2/models/{service}/infer", triton_body, read_triton),
+    "refused": Ask("/v2/models/{service}/infer", refused_body, lambda answer: ANSWERED),
     "mlserver": Ask("/v2/models/classifier/infer", mlserver_body, read_mlserver),
     "infinity": Ask(
         "/classify",

@@ -23,6 +23,7 @@ def details(model):
             "served ÷ bare": span(level["served_to_bare"]),
             "mean batch": number(level["mean_batch_size"], ".2f"),
             "positions ÷ tokens": f"{level['positions_per_token']:.2f}",
+            "ms until a refusal": span(level["refused_ms"]) if "refused_ms" in level else "",
         }
         for service in record["services"]
         for concurrency, level in service.get("levels", {}).items()

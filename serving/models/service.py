@@ -7,6 +7,7 @@ request that waits joins the batch, whatever its length.
 
 import ctypes
 import functools
+import gc
 import importlib
 import json
 import sys
@@ -39,6 +40,7 @@ class TritonPythonModel:
                 self.run(self.tokenizer.encode_batch(["A real text, for the first run of each session."] * texts))
             self.run.warm(self.tokenizer.encode("text"))
             ctypes.CDLL(None).malloc_trim(0)  # what the graph's file took goes back to the system
+        gc.freeze()  # what is loaded now stays: no request waits while the collector looks through it
 
     def open_graph(self, folder):
         """A Runner of the graph in this process."""

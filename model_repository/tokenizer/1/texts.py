@@ -5,6 +5,7 @@ bounded first, and of a long text no more is read than its tokens need.
 """
 
 LIMITS = {"max_text_bytes": 65_536, "max_request_bytes": 262_144}  # where a config does not say otherwise
+ALONE_CHARACTERS = 4096  # of all texts together, up to which one thread encodes them
 FIRST_CHARACTERS = 32  # for each token of the model's length: as much of a long text is read first
 
 
@@ -57,11 +58,11 @@ def encode(tokenizer, texts):
 
 
 def encode_all(tokenizer, texts):
-    """What encode_batch makes; a lone text wakes none of its threads."""
-    if len(texts) != 1:
+    """What encode_batch makes; of short texts without its threads, which cost more than they bring."""
+    pairs = [text if isinstance(text, tuple) else (text,) for text in texts]
+    if sum(len(part) for pair in pairs for part in pair) > ALONE_CHARACTERS:
         return tokenizer.encode_batch(texts)
-    (text,) = texts
-    return [tokenizer.encode(*text) if isinstance(text, tuple) else tokenizer.encode(text)]
+    return [tokenizer.encode(*pair) for pair in pairs]
 
 
 def beginning(text, size):
