@@ -8,7 +8,7 @@ Prints: for each service and concurrency: served, bare, their ratio, the mean ba
 
 Bare is the same engine and precision in this process, without a server: after each window it gets the window's texts,
 tokenised, in batches of the size that the service formed. A position is a token that is computed, padding too. Overload
-is a closed loop of four times the largest concurrency. Alone, requests are also sent that the service refuses at once:
+is a closed loop of four times the largest concurrency. Alone, some requests are refused at once, by the model's own code:
 no answer can come sooner. The services FP32 and --service take turns, round by round.
 """
 
@@ -150,13 +150,18 @@ def measure_service(bench, system, server, bare, number):
 
 
 def refused_ms(bench, system, server, count):
-    """Median time of a request that the model's own code refuses at once: what it costs to carry one there and back."""
+    """Median time of a request that the model's own code refuses at once: what it costs to carry one there and back.
+
+    They take turns with ones that are answered, so that they find the processor as these do.
+    """
     asked = dataclasses.replace(system, ask="refused")
-    requests = client.make_requests(asked, bench.service, ["a text that nobody reads"])
-    window = client.run_window(asked, server.ports, bench.service, requests, 1, 0, count)
-    if any(status != 400 for _, _, status, _ in window.answers):
+    refused = client.make_requests(asked, bench.service, ["a text that nobody reads"])
+    requests = [request for good in bench.requests[system.name][:count] for request in (good, *refused)]
+    window = client.run_window(system, server.ports, bench.service, requests, 1, 0, len(requests))
+    found = [(status, seconds) for number, seconds, status, _ in window.answers if number % 2]
+    if any(status != 400 for status, _ in found):
         raise processes.NotMeasured("expected a refusal of each request with an unknown parameter, found an answer")
-    return 1000 * statistics.median(seconds for _, seconds, _, _ in window.answers)
+    return 1000 * statistics.median(seconds for _, seconds in found)
 
 
 def summarise(bench, system):

@@ -64,7 +64,10 @@ class TritonPythonModel:
             outputs = iter(self.run(encodings) if encodings else [])
         except Exception as error:  # each engine raises its own
             return [failure(f"{self.settings['engine']}: {error}", pb_utils.TritonError.INTERNAL) for _ in requests]
-        return [self.respond(request, rows, outputs) for request, rows in zip(requests, read, strict=True)]
+        for rows in read:
+            for row in rows if isinstance(rows, list) else ():
+                row["outputs"] = [next(outputs) for _ in row["encodings"]]
+        return self.respond(requests, read)
 
     # --- texts -> tokens -----------------------------------------------------------
 
@@ -124,18 +127,36 @@ class TritonPythonModel:
 
     # --- the output -> answers -----------------------------------------------------
 
-    def respond(self, request, rows, outputs):
-        """Response of a request; outputs: an iterator over those of all encodings, of which its own come next."""
-        if isinstance(rows, str):
-            return failure(rows, pb_utils.TritonError.INVALID_ARG)
-        for row in rows:
-            row["outputs"] = [next(outputs) for _ in row["encodings"]]
+    def respond(self, requests, read):
+        """Responses in order; those of like parameters are made at once where a text's answer has one shape."""
+        alone = "overlap" in self.settings or self.settings["per_token"] or self.settings.get("also")
+        alike, found = {}, {}
+        for number, (request, rows) in enumerate(zip(requests, read, strict=True)):
+            if isinstance(rows, str):
+                found[number] = failure(rows, pb_utils.TritonError.INVALID_ARG)
+            else:
+                alike.setdefault(number if alone else request.parameters(), []).append(number)
+        for numbers in alike.values():
+            found |= self.answer(requests, read, numbers)
+        return [found[number] for number in range(len(requests))]
+
+    def answer(self, requests, read, numbers):
+        """{number: response} of requests with the same parameters."""
+        rows = [row for number in numbers for row in read[number]]
         try:
-            tensors = self.rows.answer(rows, self.settings, self.common, self.answers, parameters_of(request))
+            tensors = self.rows.answer(
+                rows, self.settings, self.common, self.answers, parameters_of(requests[numbers[0]])
+            )
         except ValueError as error:
-            return failure(str(error), pb_utils.TritonError.INVALID_ARG)
-        wanted = request.requested_output_names()
-        return pb_utils.InferenceResponse([pb_utils.Tensor(n, values) for n, values in tensors.items() if n in wanted])
+            if len(numbers) == 1:
+                return {numbers[0]: failure(str(error), pb_utils.TritonError.INVALID_ARG)}
+            return {n: response for number in numbers for n, response in self.answer(requests, read, [number]).items()}
+        found, start = {}, 0
+        for number in numbers:
+            own, wanted = slice(start, start + len(read[number])), requests[number].requested_output_names()
+            tensors_of = [pb_utils.Tensor(n, values[own]) for n, values in tensors.items() if n in wanted]
+            found[number], start = pb_utils.InferenceResponse(tensors_of), own.stop
+        return found
 
 
 def parameters_of(request):
