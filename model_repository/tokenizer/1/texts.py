@@ -58,9 +58,9 @@ def encode(tokenizer, texts):
 
 
 def encode_all(tokenizer, texts):
-    """What encode_batch makes; of short texts without its threads, which cost more than they bring."""
+    """What encode_batch makes; of short texts, unless it pads them, without its threads: they cost more than they bring."""
     pairs = [text if isinstance(text, tuple) else (text,) for text in texts]
-    if sum(len(part) for pair in pairs for part in pair) > ALONE_CHARACTERS:
+    if tokenizer.padding or sum(len(part) for pair in pairs for part in pair) > ALONE_CHARACTERS:
         return tokenizer.encode_batch(texts)
     return [tokenizer.encode(*pair) for pair in pairs]
 
