@@ -2,7 +2,7 @@
 """Make one typed ONNX graph per precision: the file that fixes what TensorRT computes.
 
 Reads:  model_repository/model_ONNX/1/model.onnx, the record and the tokenizer of its export, assets/texts.txt.
-Writes: model_repository/model_TRT_{FP32,FP16,INT8,BEST}/1/model.onnx,
+Writes: model_repository/model_TRT_{FP32,FP16,INT8,BEST}/1/model.onnx, of a service also model_TRT_INT8/1/packed.onnx,
         results/<model>/<machine>/sensitivity.json. With --precisions BF16 FP8: model_TRT_{BF16,FP8}/1/model.onnx,
         sensitivity_fp8.json, and precisions.json: every precision on texts that chose nothing.
 Run:    ./quantize.py
