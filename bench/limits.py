@@ -86,7 +86,7 @@ def measure_roofs():
     found = {"FP32": [], "BF16": [], "INT8": []}
     for n in ROOF_SIZES:
         a, b = (torch.rand(n, n) for _ in range(2))
-        calls = {"FP32": [lambda: a @ b]}  # noqa: B023
+        calls = {"FP32": [lambda: a @ b, float_matmul(n)]}  # noqa: B023
         if has_bf16():
             c, d = a.bfloat16(), b.bfloat16()
             calls["BF16"] = [lambda: c @ d]  # noqa: B023
@@ -99,25 +99,33 @@ def measure_roofs():
 
 def integer_matmul(n):
     """A function that multiplies two matrices of 8 bits with ONNX Runtime."""
-    from onnx import TensorProto, helper
+    rng = np.random.default_rng(0)
+    weight = rng.integers(-64, 64, (n, n)).astype(np.int8)
+    return session_matmul("MatMulInteger", rng.integers(0, 255, (n, n)).astype(np.uint8), weight, "INT32")
+
+
+def float_matmul(n):
+    """The same in FP32."""
+    rng = np.random.default_rng(0)
+    return session_matmul("MatMul", *(rng.random((n, n), dtype=np.float32) for _ in range(2)), "FLOAT")
+
+
+def session_matmul(operator, given, weight, made):
+    """A function that runs a graph of one operator, given [n, n] × weight [n, n], on all cores."""
+    from onnx import TensorProto, helper, numpy_helper
 
     from core.onnx_runtime import open_session
 
-    rng = np.random.default_rng(0)
-    weight = helper.make_tensor(
-        "B", TensorProto.INT8, (n, n), rng.integers(-64, 64, (n, n)).astype(np.int8).tobytes(), True
-    )
-    given, made = (
-        helper.make_tensor_value_info(name, kind, (n, n))
-        for name, kind in (("A", TensorProto.UINT8), ("Y", TensorProto.INT32))
-    )
-    node = helper.make_node("MatMulInteger", ["A", "B"], ["Y"])
-    opset = helper.make_opsetid("", 19)
-    model = helper.make_model(
-        helper.make_graph([node], "g", [given], [made], [weight]), opset_imports=[opset], ir_version=9
-    )
-    session, feeds = open_session(model), {"A": rng.integers(0, 255, (n, n)).astype(np.uint8)}
-    return lambda: session.run(None, feeds)
+    kind = helper.np_dtype_to_tensor_dtype(given.dtype)
+    tensors = [
+        helper.make_tensor_value_info(name, k, given.shape)
+        for name, k in (("A", kind), ("Y", getattr(TensorProto, made)))
+    ]
+    node = helper.make_node(operator, ["A", "B"], ["Y"])
+    graph = helper.make_graph([node], "g", tensors[:1], tensors[1:], [numpy_helper.from_array(weight, "B")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
+    session = open_session(model)
+    return lambda: session.run(None, {"A": given})
 
 
 def least_seconds(function, times=12):
