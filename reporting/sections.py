@@ -65,11 +65,8 @@ def without_sizes(text, models):
 
 def elsewhere(everything, shown):
     """What other machines measured too: links to their folders."""
-    links = [
-        f"[{m['title']}](results/{m['slug']})"
-        for m in everything
-        if m["folder"] not in [s["folder"] for s in shown] and not m["padded"]
-    ]
+    others = [m for m in everything if m["folder"] not in [s["folder"] for s in shown] and not m["padded"]]
+    links = dict.fromkeys(f"[{m['title']}](results/{m['slug']})" for m in others)
     return [f"Other machines measured {listing(links)} too."] if links else []
 
 

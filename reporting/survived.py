@@ -86,9 +86,15 @@ def details(model):
     ]
 
 
+def newest(models, kind):
+    """Of each model the machine that measured a kind last; the tables of the others have theirs."""
+    found = sorted((m for m in models if m[kind]), key=lambda m: m[kind]["environment"]["utc"])
+    return {m["slug"]: m for m in found}.values()
+
+
 def survived(models):
     """Of all: one table, then one paragraph a model."""
     rows = [row for m in models if m["soak"] for row in soak(m)]
-    told = [" ".join(shortly(m)) for m in models if m["recovery"]]
-    told += [failover(m) for m in models if m["failover"]]
+    told = [" ".join(shortly(m)) for m in newest(models, "recovery")]
+    told += [failover(m) for m in newest(models, "failover")]
     return [table(rows), *told]
