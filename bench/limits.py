@@ -8,19 +8,17 @@ Prints: for each service and concurrency: served, bare, their ratio, the mean ba
 
 Bare is the same engine and precision in this process, without a server: after each window it gets the window's texts,
 tokenised, in batches of the size that the service formed. A position is a token that is computed, padding too. Overload
-is a closed loop of four times the largest concurrency. Alone, some requests are refused at once, by the model's own code:
-no answer can come sooner. The services FP32 and --service take turns, round by round.
+is a closed loop of four times the largest concurrency. Alone, some requests are refused at once, by the model's own code, and
+the texts are also answered in this process, from words to labels: together that is what a served text costs at least. The services FP32 and --service take turns, round by round.
 """
 
 import contextlib
 import dataclasses
 import functools
-import os
 import statistics
 import time
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from bench import client, processes, rounds
@@ -28,20 +26,21 @@ from bench.arithmetic import spread
 from bench.install import BUILD
 from bench.length import count_flops
 from bench.peers import read_export, read_input
+from bench.roofs import measure_roofs
 from bench.systems import NAMED, SERVE, System
 from core.arguments import make_parser
-from core.engines import ENGINES, has_bf16
+from core.engines import ENGINES
 from core.files import RESULTS, TEXTS, write_json
 from core.record import environment_record, results_folder
 from core.repository import tokenizer_path
 from core.runner import Runner
 from core.tables import CPU_PRECISIONS
 from core.tokens import load_tokenizer
+from serving.bulk_answers import open_in_process
 from serving.one_pass import graph_settings, opener
 from tasks.table import TASKS
 
 CONCURRENCY, REQUESTS, OVERLOAD = (1, 8, 32), (60, 160, 320), 512
-ROOF_SIZES = (512, 1024, 2048)  # of square GEMMs, of which the fastest counts
 FP32 = ("onnxruntime", "FP32")
 
 
@@ -59,6 +58,14 @@ class Bare:
         self.lengths = [len(encoding.ids) for encoding in self.encodings]
         open_graph = functools.partial(self.open, opener(settings, task.output))
         self.run = Runner(settings | {"per_token": task.per_token}, padding, open_graph)
+        self.texts, self.answer = texts, open_in_process(repository, card, settings)
+
+    def whole_ms(self, start, count):
+        """Mean time of a text alone, from its words to its answer, as embed.py has it: the service's code without a server."""
+        began = time.perf_counter()
+        for number in range(start, start + count):
+            self.answer([(self.texts[number % len(self.texts)],)])
+        return 1000 * (time.perf_counter() - began) / count
 
     def open(self, open_graph, sizes):
         return [functools.partial(self.count, session) for session in open_graph(sizes)]
@@ -78,66 +85,6 @@ class Bare:
         return count / seconds, sum(self.positions), sum(self.lengths[n] for n in numbers)
 
 
-def measure_roofs():
-    """{precision: FLOP/s of the fastest GEMM on all cores, of torch's and ONNX Runtime's; None where there is none}."""
-    import torch
-
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    found = {"FP32": [], "BF16": [], "INT8": []}
-    for n in ROOF_SIZES:
-        a, b = (torch.rand(n, n) for _ in range(2))
-        calls = {"FP32": [lambda: a @ b, float_matmul(n)]}  # noqa: B023
-        if has_bf16():
-            c, d = a.bfloat16(), b.bfloat16()
-            calls["BF16"] = [lambda: c @ d]  # noqa: B023
-        i, j = (torch.randint(-100, 100, (n, n), dtype=torch.int8) for _ in range(2))
-        calls["INT8"] = [lambda: torch._int_mm(i, j), integer_matmul(n)]  # noqa: B023
-        for precision, functions in calls.items():
-            found[precision] += [2 * n**3 / least_seconds(function) for function in functions]
-    return {precision: max(speeds, default=None) for precision, speeds in found.items()}
-
-
-def integer_matmul(n):
-    """A function that multiplies two matrices of 8 bits with ONNX Runtime."""
-    rng = np.random.default_rng(0)
-    weight = rng.integers(-64, 64, (n, n)).astype(np.int8)
-    return session_matmul("MatMulInteger", rng.integers(0, 255, (n, n)).astype(np.uint8), weight, "INT32")
-
-
-def float_matmul(n):
-    """The same in FP32."""
-    rng = np.random.default_rng(0)
-    return session_matmul("MatMul", *(rng.random((n, n), dtype=np.float32) for _ in range(2)), "FLOAT")
-
-
-def session_matmul(operator, given, weight, made):
-    """A function that runs a graph of one operator, given [n, n] × weight [n, n], on all cores."""
-    from onnx import TensorProto, helper, numpy_helper
-
-    from core.onnx_runtime import open_session
-
-    kind = helper.np_dtype_to_tensor_dtype(given.dtype)
-    tensors = [
-        helper.make_tensor_value_info(name, k, given.shape)
-        for name, k in (("A", kind), ("Y", getattr(TensorProto, made)))
-    ]
-    node = helper.make_node(operator, ["A", "B"], ["Y"])
-    graph = helper.make_graph([node], "g", tensors[:1], tensors[1:], [numpy_helper.from_array(weight, "B")])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
-    session = open_session(model)
-    return lambda: session.run(None, {"A": given})
-
-
-def least_seconds(function, times=12):
-    """The least time of a call; the first warms up."""
-    found = []
-    for _ in range(times):
-        began = time.perf_counter()
-        function()
-        found.append(time.perf_counter() - began)
-    return min(found[1:])
-
-
 # --- with one ------------------------------------------------------------------------
 
 
@@ -149,8 +96,11 @@ def measure_service(bench, system, server, bare, number):
     ):
         rounds.measure_window(bench, system, server, number, concurrency, count)
         row = bench.windows[-1] if number else {}
-        if concurrency == 1 and number:
-            row["refused_ms"] = refused_ms(bench, system, server, count)
+        if concurrency == 1:
+            row["refused_ms"], row["in_process_ms"] = (
+                refused_ms(bench, system, server, count),
+                bare.whole_ms(number * count, count),
+            )
         if concurrency != args.overload:
             executions, texts = row.get("batches") or (1, 1)
             speed, positions, tokens = bare.window(number * count, count, max(1, round(texts / executions)))
@@ -186,8 +136,9 @@ def summarise(bench, system):
             "mean_batch_size": texts / executions if executions else None,
             "positions_per_token": sum(w["positions"] for w in rows) / sum(w["tokens"] for w in rows),
         }
-        if refused := [w["refused_ms"] for w in rows if "refused_ms" in w]:
-            levels[str(concurrency)]["refused_ms"] = spread(refused)
+        for key in ("refused_ms", "in_process_ms"):
+            if found := [w[key] for w in rows if key in w]:
+                levels[str(concurrency)][key] = spread(found)
     best = {w["round"]: max(v["texts_per_s"] for v in own if v["round"] == w["round"] and v not in over) for w in over}
     failed = sum(w["answers"]["failed"] for w in over)
     overload = {"texts_per_s": spread(w["texts_per_s"] for w in over), "failed": failed}
@@ -227,7 +178,7 @@ def describe(record):
                 f"{name:18} concurrency {concurrency:>2} {row['texts_per_s']['median']:8.1f} served {row['bare_texts_per_s']['median']:8.1f} bare  "
                 f"ratio {row['served_to_bare']['median']:.2f}  mean batch {row['mean_batch_size'] or 0:.2f}  "
                 f"positions ÷ tokens {row['positions_per_token']:.2f}"
-                + (f"  refused in {row['refused_ms']['median']:.2f} ms" if "refused_ms" in row else "")
+                + "".join(f"  {key} {row[key]['median']:.2f}" for key in ("in_process_ms", "refused_ms") if key in row)
             )
         yield f"{name:18} overload ÷ best level {service['overload']['to_best_level']['median']:.2f}"
 

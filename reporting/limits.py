@@ -23,6 +23,9 @@ def details(model):
             "served ÷ bare": span(level["served_to_bare"]),
             "mean batch": number(level["mean_batch_size"], ".2f"),
             "positions ÷ tokens": f"{level['positions_per_token']:.2f}",
+            "ms a text, words to answer, in one process": span(level["in_process_ms"])
+            if "in_process_ms" in level
+            else "",
             "ms until a refusal": span(level["refused_ms"]) if "refused_ms" in level else "",
         }
         for service in record["services"]

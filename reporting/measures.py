@@ -112,14 +112,14 @@ def unserved(measure, pair_of):
 
 
 def carried(pair_of):
-    """served ÷ bare if all that a service does beside the engine cost nothing: a request still is carried there and back."""
+    """served ÷ bare of a text alone, if it took what its code takes in one process and a refused request on its way."""
 
     def bound(model):
         level = limits_of(model, pair_of(model)).get("levels", {}).get("1", {})
         if "refused_ms" not in level:
             return [None] * len(LEVELS)
-        alone_ms = 1000 / middle(level["bare_texts_per_s"])
-        return [alone_ms / (alone_ms + middle(level["refused_ms"])), *[None] * (len(LEVELS) - 1)]
+        least_ms = middle(level["in_process_ms"]) + middle(level["refused_ms"])
+        return [1000 / middle(level["bare_texts_per_s"]) / least_ms, *[None] * (len(LEVELS) - 1)]
 
     return bound
 

@@ -133,7 +133,7 @@ def details(model):
     """The table, for a classifier that was measured beside its peers."""
     lead = (
         f"{choice_line(model)} Ratios are medians over rounds. A share of the fastest GEMM counts the FLOPs of real tokens. "
-        "At best: as if serving cost nothing, beside the bare engine on the same batches; for served ÷ bare, as if it cost "
-        "alone no more than a request that is refused at once."
+        "At best: as if serving cost nothing, beside the bare engine on the same batches; for served ÷ bare alone, as if a "
+        "text took no more than its code in one process and a refused request on its way."
     )
     return [lead, table(row(target, model) for target in TARGETS)]

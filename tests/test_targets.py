@@ -6,7 +6,7 @@ import pytest
 import report_data as data
 from conftest import run_here
 
-from bench import limits, processes
+from bench import limits, processes, roofs
 from core.engines import why_missing
 from reporting import measures, targets
 
@@ -100,8 +100,9 @@ def test_a_speed_is_shown_as_if_serving_cost_nothing(model):
     fp32 = model["limits"]["services"][0]["levels"]["1"]
     fp32 |= {
         "bare_texts_per_s": {"median": 250.0},
-        "refused_ms": {"median": 1.0},
-    }  # 4 ms bare, 5 ms with what is carried
+        "refused_ms": {"median": 0.5},
+        "in_process_ms": {"median": 4.5},
+    }
     shown = [row["at best"] for row in (targets.row(target, model) for target in targets.TARGETS)]
     assert shown[:3] == ["4.29 / 5.71 / 6.43", "2.22 / 2.22 / 1.67", "1.11 / 2.22 / 3.33"]
     assert shown[3] == "0.80 / – / –"
@@ -127,7 +128,7 @@ def test_what_has_no_record_is_not_measured(model):
 
 def test_limits_of_a_tiny_service_are_measured_and_shown(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(limits, "BUILD", tmp_path / "bench")
-    monkeypatch.setattr(limits, "ROOF_SIZES", (64,))
+    monkeypatch.setattr(roofs, "ROOF_SIZES", (64,))
     given = ("--model", tiny.checkpoint, "--repository", tiny.repository, "--results", tmp_path / "results")
     options = ("--concurrency", 1, 4, "--requests", 8, 16, "--overload-requests", 32, "--rounds", 2)
     more = ("--service", "openvino,BF16") if why_missing("openvino") else ()
@@ -140,7 +141,9 @@ def test_limits_of_a_tiny_service_are_measured_and_shown(tiny, tmp_path, monkeyp
     assert all("pip install" in row["error"] for row in others)
     for level in fp32["levels"].values():
         assert level["positions_per_token"] == 1 and level["served_to_bare"]["median"] > 0
-    assert 0 < fp32["levels"]["1"]["refused_ms"]["median"] < 1000 and "refused_ms" not in fp32["levels"]["4"]
+    alone = fp32["levels"]["1"]
+    assert 0 < alone["refused_ms"]["median"] < 1000 and 0 < alone["in_process_ms"]["median"] < 1000
+    assert "refused_ms" not in fp32["levels"]["4"]
     assert fp32["overload"]["to_best_level"]["median"] > 0 and fp32["overload"]["failed"] == 0
     assert record["roofs_flops_per_s"]["FP32"] > 0 and record["roofs_flops_per_s"]["INT8"] > 0
     place = data.make_place(tmp_path / "report")
